@@ -152,7 +152,7 @@ def _read_all(data: torch.Tensor, tensors: list[StoredTensor]) -> tuple[str, lis
         for start in range(tensor.start, tensor.stop, _PIECE_BYTES):
             piece = data[start : min(start + _PIECE_BYTES, tensor.stop)]
             digest.update(piece.numpy().data)
-            num_bad += _count_non_finite(piece, tensor.dtype)
+            num_bad += count_non_finite(piece, tensor.dtype)
         if num_bad:
             problems.append(
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)} holds {num_bad} values that "
@@ -163,7 +163,8 @@ def _read_all(data: torch.Tensor, tensors: list[StoredTensor]) -> tuple[str, lis
     return digest.hexdigest(), problems
 
 
-def _count_non_finite(piece: torch.Tensor, dtype: torch.dtype) -> int:
+def count_non_finite(piece: torch.Tensor, dtype: torch.dtype) -> int:
+    """Number of values in bytes of a dtype that are infinite or not a number; 0 for integers."""
     if not dtype.is_floating_point:
         return 0
     if piece.storage_offset() % dtype.itemsize:

@@ -21,6 +21,8 @@ class GroupConfig(ParallelConfig):
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
             fsspec URL of such a folder: each node fetches, once, the files that its ranks read.
+        weights: folders and files whose tensors replace those of the model folder, in order; from
+            `arriero weights push`.
         dtype: type of weights and KV cache: "float32", "bfloat16", "float16".
         kv_dtype: type of the KV cache: "int8" (with a float32 scale for each head and token), or
             "fp8" (e4m3 without scales; backends "triton" and "reference"); None means `dtype`.
@@ -62,6 +64,7 @@ class GroupConfig(ParallelConfig):
     """
 
     model_path: str
+    weights: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     kv_dtype: Literal["int8", "fp8"] | None = None
     quantization: str | None = None

@@ -16,12 +16,13 @@ from dataclasses import fields
 from functools import partial
 
 from arriero.shards.engine.cache_report import CacheReport
+from arriero.shards.engine.holds import Activity, Gate
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.stats import AdapterStats, EngineStats, SpeculationStats
-from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
-from arriero.shards.errors import GroupFailed
+from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput, ends_of
+from arriero.shards.errors import GroupFailed, InvalidRequest
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
@@ -63,17 +64,34 @@ class DataParallelScheduler:
             for number in range(config.num_dp_ranks)
         ]
         self._scheduler_of: dict[str, Scheduler] = {}
+        self._gate = Gate.OPEN
+        self._held: dict[str, EngineRequest] = {}
+        self._weights = ""
 
     def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
         """Same as `Scheduler.check_load`; the limit of the queue is the group's."""
-        waiting = sum(scheduler.num_waiting for scheduler in self._schedulers)
+        waiting = sum(scheduler.num_waiting for scheduler in self._schedulers) + len(self._held)
+        if request_id in self._held:
+            raise InvalidRequest(
+                "request_id", f"`request_id`={request_id!r} waits already; choose another"
+            )
         # start with the rank that has the id already: its error is the right one
         for scheduler in sorted(self._schedulers, key=lambda s: not s.is_live(request_id)):
             others = waiting - scheduler.num_waiting
             scheduler.check_load(request_id, num_pending=num_pending + others)
 
     def enqueue(self, request: EngineRequest) -> list[SequenceOutput]:
-        """Queue a checked request, at the rank of the lowest cost; see `Scheduler.enqueue`."""
+        """Queue a checked request, at the rank of the lowest cost; see `Scheduler.enqueue`.
+
+        While the gate is not open, requests are held; a request that continues tokens of other
+        weights than the group's ends with finish_reason "lost", so that another group continues it.
+        """
+        if request.weights and self._weights and request.weights != self._weights:
+            cause = "the group serves other weights than those that gave the tokens so far"
+            return ends_of(request.request_id, range(request.params.n), "lost", cause)
+        if self._gate is Gate.CLOSED or (self._gate is Gate.DRAIN and not request.resumed):
+            self._held[request.request_id] = request
+            return []
         scheduler = self._schedulers[0]
         if len(self._schedulers) > 1:
             scheduler = min(self._schedulers, key=lambda scheduler: _cost(scheduler, request))
@@ -85,12 +103,87 @@ class DataParallelScheduler:
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
         """End a request now; unknown ids are ignored."""
+        if (held := self._held.pop(request_id, None)) is not None:
+            return ends_of(request_id, range(held.params.n), "cancelled", None)
         return self._scheduler_of.pop(request_id, self._schedulers[0]).cancel(request_id)
 
     def fail(self, cause: str) -> list[SequenceOutput]:
-        """End every request with finish_reason "error"; nothing is outstanding from now on."""
+        """End every request with finish_reason "lost"; nothing is outstanding from now on."""
         self._scheduler_of.clear()
-        return [output for scheduler in self._schedulers for output in scheduler.fail(cause)]
+        ends = self._end_held("lost", cause)
+        return ends + [out for scheduler in self._schedulers for out in scheduler.fail(cause)]
+
+    # ---- pauses and changes of weights ----
+
+    @property
+    def gate(self) -> Gate:
+        """What may be scheduled."""
+        return self._gate
+
+    @property
+    def num_held(self) -> int:
+        """Requests that wait for the gate to open."""
+        return len(self._held)
+
+    @property
+    def num_runnable(self) -> int:
+        """Requests that may be scheduled now."""
+        return 0 if self._gate is Gate.CLOSED else self.num_live
+
+    @property
+    def activity(self) -> Activity:
+        """Requests that have started, and work in flight."""
+        return Activity(
+            started=sum(scheduler.num_started for scheduler in self._schedulers),
+            in_flight=self.num_outstanding + self.num_transfers + self.num_loading,
+        )
+
+    def set_gate(self, gate: Gate) -> list[SequenceOutput]:
+        """Hold requests, or let held requests go; gives the ends of those that cannot run."""
+        if gate is self._gate:
+            return []
+        before, self._gate = self._gate, gate
+        if before is Gate.OPEN:
+            self._hold_unstarted()
+        if gate is not Gate.OPEN:
+            return []
+        held, self._held = self._held, {}
+        return [output for request in held.values() for output in self.enqueue(request)]
+
+    def set_weights(self, digest: str, salt: bytes | None = None) -> None:
+        """Serve these weights from now on; a salt begins the keys of all blocks anew."""
+        self._weights = digest
+        for scheduler in self._schedulers if salt is not None else ():
+            assert salt is not None, "checked in the line above"
+            scheduler.set_salt(salt)
+
+    def empty_cache(self) -> None:
+        """Put running sequences back into the queue and drop every block; nothing is in flight."""
+        for scheduler in self._schedulers:
+            scheduler.stop_all()
+        self._hold_unstarted()
+        for scheduler in self._schedulers:
+            scheduler.empty_cache()
+
+    def abort(self, cause: str) -> list[SequenceOutput]:
+        """End every request with finish_reason "error", held ones included."""
+        self._scheduler_of.clear()
+        ends = self._end_held("error", cause)
+        return ends + [out for scheduler in self._schedulers for out in scheduler.abort(cause)]
+
+    def _hold_unstarted(self) -> None:
+        back = [r for scheduler in self._schedulers for r in scheduler.withdraw_unstarted()]
+        for request in back:
+            self._scheduler_of.pop(request.request_id, None)
+        earlier = {request.request_id: request for request in back}
+        self._held = earlier | self._held
+
+    def _end_held(self, reason: str, cause: str) -> list[SequenceOutput]:
+        held, self._held = self._held, {}
+        each = [(name, range(request.params.n)) for name, request in held.items()]
+        return [out for name, samples in each for out in ends_of(name, samples, reason, cause)]
+
+    # ---- requests and plans ----
 
     @property
     def num_live(self) -> int:
@@ -228,6 +321,8 @@ class DataParallelScheduler:
 
     def schedule(self) -> list[StepPlan]:
         """The next step's plans, one for each rank; none when nothing can run."""
+        if self._gate is Gate.CLOSED:
+            return []
         if len(self._schedulers) == 1:
             plan = self._schedulers[0].schedule()
             return [] if plan is None else [plan]

@@ -15,10 +15,13 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
+from arriero.shards.engine.change_runner import ChangeRunner, OnWeights
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.expert_balance import ExpertBalance
+from arriero.shards.engine.holds import Change, HoldStatus
 from arriero.shards.engine.limits import check_request
 from arriero.shards.engine.pending_adapters import PendingAdapters
+from arriero.shards.engine.phase_means import PhaseMeans
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import (
@@ -40,6 +43,8 @@ _COLLECT_S = 0.25
 """Longest wait for a result, in seconds, before the engine checks for `stop`."""
 _TRANSFER_WAIT_S = 0.001
 """Longest wait for transfers, in seconds, before the engine reads the inbox again."""
+_SLICES_WAIT_S = 0.005
+"""The same for the ends of commands on weights."""
 
 
 class Engine:
@@ -77,11 +82,12 @@ class Engine:
         self._on_failure = on_failure
         self._scheduler = DataParallelScheduler(config, on_event=on_event, proposers=proposers)
         self._balance: ExpertBalance | None = None
-        if config.experts is not None:
-            self._balance = ExpertBalance(config.experts, enabled=config.move_experts)
+        self._start_balance()
         self._outputs: list[SequenceOutput] = []
-        self._means = _Means()
+        self._means = PhaseMeans()
         self._pending = PendingAdapters()
+        ranks = config.num_ranks * config.num_dp_ranks
+        self._changes = ChangeRunner(self._scheduler, executor, ranks)
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         # Guarded by `_wake`:
@@ -180,6 +186,31 @@ class Engine:
         """Accept no more requests for an adapter; live requests end as usual."""
         return self.ask(lambda scheduler: scheduler.withdraw_adapter(digest))
 
+    def name_weights(self, digest: str, sources: tuple[str, ...], on_weights: OnWeights) -> None:
+        """Name the weights that serve now; before `start`."""
+        self._changes.name_weights(digest, sources, on_weights)
+
+    def change(self, change: Change) -> Future[HoldStatus]:
+        """Pause, resume, sleep, wake, or push weights.
+
+        Returns:
+            Future of the state after the change. `InvalidRequest`: the change makes no sense now;
+            `CheckpointError`: the weights are refused; then nothing has changed.
+        """
+        future: Future[HoldStatus] = Future()
+
+        def fail(begun: Future[None]) -> None:
+            if (error := begun.exception()) is not None:
+                future.set_exception(error)
+
+        self.ask(lambda scheduler: self._changes.begin(change, future)).add_done_callback(fail)
+        return future
+
+    @property
+    def holds(self) -> HoldStatus:
+        """Whether the group is paused or asleep, and its weights; thread-safe."""
+        return self._changes.status
+
     def shared(self, keys: list[bytes]) -> tuple[dict[Pool, PeerBlocks], bool]:
         """Blocks of these keys that another group may copy, and whether more are being saved.
 
@@ -191,7 +222,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""
         stats = self._scheduler.stats
-        waiting = stats.num_waiting + len(self._arrived)
+        waiting = stats.num_waiting + len(self._arrived) + self._scheduler.num_held
         stats = replace(stats, num_waiting=waiting, step_us=self._means.snapshot())
         if self._balance is None:
             return stats
@@ -221,7 +252,8 @@ class Engine:
         inbox = self._arrived or self._cancelled or self._calls
         return bool(
             inbox
-            or scheduler.num_live
+            or self._changes.busy
+            or scheduler.num_runnable
             or scheduler.num_outstanding
             or scheduler.num_transfers
             or scheduler.num_loading
@@ -236,6 +268,7 @@ class Engine:
             self._take_inbox()
             self._collect_transfers()
             self._collect_adapters()
+            self._advance_change()
             self._submit_plans()
             self._collect_oldest()
             if not self._scheduler.num_outstanding:  # the slices wait: their plan goes first
@@ -289,6 +322,15 @@ class Engine:
             if self._pending.ended(digest, error):
                 self._scheduler.withdraw_adapter(digest)
 
+    def _advance_change(self, timeout_s: float = 0.0) -> None:
+        if self._changes.pending:
+            self._changes.advance(self._outputs, self._deliver, self._start_balance, timeout_s)
+
+    def _start_balance(self) -> None:
+        """Balance experts from their placement at the start."""
+        if self.config.experts is not None:
+            self._balance = ExpertBalance(self.config.experts, enabled=self.config.move_experts)
+
     def _next_placement(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
         balance.note(self._executor.take_loads())
         return balance.next_placement()
@@ -301,8 +343,11 @@ class Engine:
             if self._scheduler.num_loading:
                 self._collect_adapters(_TRANSFER_WAIT_S)
                 return
+            if self._changes.busy:
+                self._advance_change(_SLICES_WAIT_S)
+                return
             # Otherwise the loop would spin forever without a message.
-            assert not self._scheduler.num_live, "requests are live and nothing can run"
+            assert not self._scheduler.num_runnable, "requests are live and nothing can run"
             return
         start_ns = perf_counter_ns()
         result: StepResult | None = None
@@ -343,23 +388,7 @@ class Engine:
             self._take_inbox()
             self._outputs += self._scheduler.fail(cause)
             self._pending.fail(Unavailable(f"the group is lost: {cause}"))
+            self._changes.fail(Unavailable(f"the group is lost: {cause}"))
             self._deliver()
         except Exception:  # a callback failed: there is no other way to report
             _log.exception("the last outputs could not be delivered")
-
-
-class _Means:
-    """Running means of the phases of a step, over about the last hundred steps."""
-
-    def __init__(self) -> None:
-        self._mean_us: dict[str, float] = {}
-
-    def note(self, phase: str, elapsed_ns: int) -> None:
-        """Add the time of a phase."""
-        elapsed_us = elapsed_ns / 1000
-        mean = self._mean_us.get(phase, elapsed_us)
-        self._mean_us[phase] = mean + 0.01 * (elapsed_us - mean)
-
-    def snapshot(self) -> dict[str, float]:
-        """Means by phase, in microseconds."""
-        return dict(self._mean_us)

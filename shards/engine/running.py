@@ -159,3 +159,10 @@ class RunningSequences:
         victim.prompt_rows.clear()
         self._waiting.add(victim)
         self.num_preemptions += 1
+
+    def preempt_all(self) -> None:
+        """Send every sequence back to the queue, with no key of a block."""
+        for victim in self.decoding.sequences + self.prefilling:
+            self.preempt(victim)
+            victim.keys.clear()
+            victim.num_stored = 0

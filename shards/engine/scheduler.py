@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 from arriero.shards.engine.adapter_residency import AdapterResidency
 from arriero.shards.engine.admission import Admission
-from arriero.shards.engine.cache_report import CacheReport, report_of
+from arriero.shards.engine.cache_calls import CacheCalls
 from arriero.shards.engine.completion_rate import CompletionRate
 from arriero.shards.engine.decodes import Decodes
 from arriero.shards.engine.draft import Chunk, DecodeRows, InFlight, in_flight
@@ -47,13 +47,12 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.blocks import CacheListener
-from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
+from arriero.shards.kv.transfers import Pool
 from arriero.shards.protocol.adapters import AdapterResult
 from arriero.shards.protocol.step_plan import Int32, StepPlan, StepResult, int32
 
 
-class Scheduler:
+class Scheduler(CacheCalls):
     """Takes requests and results; returns plans and tokens.
 
     Args:
@@ -315,50 +314,28 @@ class Scheduler:
                 outputs += self._end(live, "error", f"the adapter of `model`: {error}")
         return outputs, loaded
 
-    # ---- tiers below the device ----
+    # ---- pauses and changes of weights ----
 
     @property
-    def num_transfers(self) -> int:
-        """Transfers of blocks in flight or waiting."""
-        return self._blocks.tiers.num_transfers
+    def num_started(self) -> int:
+        """Requests that have begun to run, or that continue tokens from elsewhere."""
+        return sum(live.started for live in self._requests.values())
 
-    def take_transfers(self) -> list[TransferBatch]:
-        """Transfers of blocks, to be sent after all plans so far."""
-        return self._blocks.tiers.take_transfers()
+    def withdraw_unstarted(self) -> list[EngineRequest]:
+        """Take requests back that have not started, in order of arrival."""
+        unstarted = [live for live in self._requests.values() if not live.started]
+        for live in unstarted:
+            self._end(live, "held")
+        return [live.request for live in unstarted]
 
-    def apply_results(self, results: list[TransferResult]) -> None:
-        """Apply transfer results, maybe none."""
-        for result in results:
-            self._blocks.tiers.apply(result)
-        self._waiting.finish_loads()
+    def stop_all(self) -> None:
+        """Put every running sequence back into the queue; later all tokens are computed again."""
+        self._running.preempt_all()
+        self._repeated = None
 
-    def cache(self) -> CacheReport:
-        """Contents of the KV cache by tier and tenant."""
-        return report_of(self._blocks, dict(self._admission.by_tenant))
-
-    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
-        """Keep a prefix on the device, as far as it is there; see `SequenceBlocks.pin`."""
-        return self._blocks.pin(name, tokens)
-
-    def unpin(self, name: str) -> bool:
-        """Remove a pin; False without a pin of this name."""
-        return self._blocks.unpin(name)
-
-    def release(self, tenant: str, session: str) -> None:
-        """Retain the blocks of a tenant's session no longer."""
-        self._blocks.release(tenant, session)
-
-    def is_saving(self, keys: list[bytes]) -> bool:
-        """Whether a transfer of any of these blocks to host memory is in flight; thread-safe."""
-        return self._blocks.tiers.is_saving(keys)
-
-    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """Blocks of these keys that another group may copy, by pool; thread-safe."""
-        return self._blocks.tiers.shared(keys)
-
-    def flush(self) -> int:
-        """Drop every unused block, on the device and below; returns the number of blocks."""
-        return self._blocks.flush()
+    def abort(self, cause: str) -> list[SequenceOutput]:
+        """End every request with finish_reason "error"."""
+        return [out for x in list(self._requests.values()) for out in self._end(x, "error", cause)]
 
     # ---- samples ----
 

@@ -75,6 +75,13 @@ class LiveRequest:
             self._key_tokens = key_tokens(self.request.prompt, images, image_token)
         return self._key_tokens
 
+    @property
+    def started(self) -> bool:
+        """Whether a sample has left the queue, or continues tokens from elsewhere."""
+        if self.request.resumed or len(self.live) < self.params.n or len(self.sequences) > 1:
+            return True
+        return any(each.slot >= 0 or each.has_output for each in self.sequences.values())
+
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """The request's own stop tokens."""

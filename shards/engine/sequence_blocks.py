@@ -364,6 +364,17 @@ class SequenceBlocks:
         """Drop every unused block, on the device and below; returns the number of blocks."""
         return sum(pool.flush() for pool in self.pools.values()) + self.tiers.flush()
 
+    def empty(self) -> None:
+        """Drop anchors, pins and every cached block, on the device and below."""
+        while self.num_anchors:
+            self.drop_latest_prompt()
+        self.drop_pins()
+        self.flush()
+
+    def set_salt(self, salt: bytes) -> None:
+        """Begin the keys of all blocks with another salt; no sequence has keys or blocks."""
+        self._model_salt = salt
+
     def drop_prompt(self, live: LiveRequest) -> None:
         """Remove a request's anchor, if any."""
         if live.anchor is not None:

@@ -22,6 +22,7 @@ from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
+from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +122,8 @@ class EngineRequest:
         peer: blocks of the prefix in another group's host memory, by pool.
         adapter: digest of the LoRA adapter; "" for the base model.
         hint: tokens that will be needed again; None for no hint.
+        weights: digest of the weights that gave the tokens of `resumed`; "" for any. A group that
+            serves others ends the request as lost.
     """
 
     request_id: str
@@ -137,6 +140,7 @@ class EngineRequest:
     peer: Mapping[Pool, PeerBlocks] = field(default_factory=dict)
     hint: CacheHint | None = None
     adapter: str = ""
+    weights: str = ""
 
     @property
     def key_salt(self) -> bytes:
@@ -228,6 +232,12 @@ class Executor(Protocol):
 
     def collect_adapters(self, timeout_s: float = 0.0) -> list[AdapterResult]:
         """Ends of loads since the last call; waits for the first until the time limit."""
+
+    def change_weights(self, command: WeightsCommand) -> None:
+        """Send a command on weights; every slice runs it after the plans sent before."""
+
+    def collect_weights(self, timeout_s: float = 0.0) -> list[WeightsResult]:
+        """Ends of commands since the last call; waits for the first until the time limit."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""

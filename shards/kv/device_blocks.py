@@ -40,11 +40,21 @@ class DeviceBlocks:
         row_type: RowType | None,
         most: int,
     ) -> None:
-        self._kv, self._form, self._shard, self._row_type = kv, form, shard, row_type
+        self._kv: KVCache | None = kv
+        self._form, self._shard, self._row_type = form, shard, row_type
         self._most = most
         self._layers = range(shard.layers[1] - shard.layers[0])
         self._device = kv.read(0, [0]).device
         self._staging: Tensor | None = None
+
+    def rebind(self, kv: KVCache | None) -> None:
+        """Use another cache of the same form from now on; None: no copy follows until then."""
+        self._kv = kv
+
+    @property
+    def _bound(self) -> KVCache:
+        assert self._kv is not None, "the leader copies no block without a cache"
+        return self._kv
 
     @property
     def on_cuda(self) -> bool:
@@ -55,7 +65,7 @@ class DeviceBlocks:
         """Copy blocks to host memory, [N, L, 2, K, P, D]."""
         data = empty(self._form, self._shard, len(blocks))
         for layer in self._layers:
-            rows = self._kv.read(layer, blocks)
+            rows = self._bound.read(layer, blocks)
             if self._row_type is not None:
                 rows = pack(rows, self._row_type)
             self._host_rows(data, layer).copy_(rows, non_blocking=self.on_cuda)
@@ -74,7 +84,7 @@ class DeviceBlocks:
                 rows = rows.to(self._device, non_blocking=True)
             if self._row_type is not None:
                 rows = unpack(rows, self._row_type)
-            self._kv.write(layer, blocks, rows)
+            self._bound.write(layer, blocks, rows)
         if self.on_cuda:
             torch.cuda.current_stream(self._device).synchronize()
 

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -99,6 +99,14 @@ class TransferWorkers:
         if worker is not None:
             worker.submit(batch)
 
+    def rebind(self, pools: Mapping[Pool, KVCache] | None) -> None:
+        """Use other caches of the same form from now on; None: no transfer follows until then.
+
+        Call while no transfer is in flight.
+        """
+        for pool, worker in self._workers.items():
+            worker.rebind(None if pools is None else pools[pool])
+
     def close(self) -> None:
         """End the threads and close the tiers; safe to call twice."""
         for worker in self._workers.values():
@@ -154,6 +162,10 @@ class TransferWorker:
             for start in range(0, len(transfers), BATCH):
                 work = _Work(transfers[start : start + BATCH], fence=fence, peer=batch.peer)
                 self._put(urgency, work)
+
+    def rebind(self, kv: KVCache | None) -> None:
+        """Use another cache of the same form from now on; see `TransferWorkers.rebind`."""
+        self._device_blocks.rebind(kv)
 
     def close(self) -> None:
         """End the thread and close the tiers; waiting transfers are dropped."""

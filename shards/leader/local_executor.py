@@ -17,12 +17,15 @@ from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
+from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
 
 if TYPE_CHECKING:
     from arriero.shards.worker.runner import Runner
 from arriero.shards.worker.step_results import Pending
+from arriero.shards.worker.weight_commands import run_command
 
 T = TypeVar("T")
+_Message = StepPlan | TransferBatch | AdapterBatch | WeightsCommand
 
 
 class LocalExecutor:
@@ -35,12 +38,12 @@ class LocalExecutor:
         self._transfer_results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._runner.warm_up()
         self._adapter_results: queue.SimpleQueue[AdapterResult] = queue.SimpleQueue()
+        self._weights_results: queue.SimpleQueue[WeightsResult] = queue.SimpleQueue()
+        self._runner.weight_checker.start(self._weights_results.put)
         self._transfer_workers = self._runner.open_tiers(self._transfer_results.put)
         if self._runner.adapter_store is not None:
             self._runner.adapter_store.start(self._adapter_results.put)
-        self._plans: queue.SimpleQueue[StepPlan | TransferBatch | AdapterBatch | None] = (
-            queue.SimpleQueue()
-        )
+        self._plans: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
@@ -80,6 +83,14 @@ class LocalExecutor:
         """Ends of loads since the last call; waits for the first until the time limit."""
         return _take(self._adapter_results, timeout_s)
 
+    def change_weights(self, command: WeightsCommand) -> None:
+        """Queue a command on weights behind the plans."""
+        self._plans.put(command)
+
+    def collect_weights(self, timeout_s: float = 0.0) -> list[WeightsResult]:
+        """Ends of commands since the last call; waits for the first until the time limit."""
+        return _take(self._weights_results, timeout_s)
+
     def close(self) -> None:
         """Stop the threads and give the weights back; safe to call twice."""
         self._plans.put(None)
@@ -105,6 +116,8 @@ class LocalExecutor:
                 elif isinstance(plan, AdapterBatch):
                     assert runner.adapter_store is not None, "the engine knows the slots"
                     runner.adapter_store.submit(plan)
+                elif isinstance(plan, WeightsCommand):
+                    run_command(runner, plan, self._weights_results.put)
                 else:
                     # The engine's thread needs the interpreter as soon as a result is published.
                     # While another plan waits, publish when that plan's layers run without the

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +41,19 @@ from arriero.shards.protocol.messages import (
     SliceFailure,
     SliceHello,
 )
-from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
+from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport, secured
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
+from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
 from arriero.shards.worker.loop import run_slice
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
+_BESIDE: dict[MessageKind, type[TransferResult | AdapterResult | WeightsResult]] = {
+    MessageKind.TRANSFER_RESULT: TransferResult,
+    MessageKind.ADAPTER_RESULT: AdapterResult,
+    MessageKind.WEIGHTS_RESULT: WeightsResult,
+}
+"""Messages of slices that belong to no step, and the type of each."""
 
 
 @dataclass(slots=True)
@@ -97,14 +105,7 @@ class RemoteExecutor:
             self._socket.bind(address)
             heartbeats.bind(heartbeat_address)
         else:
-            # only a LeaderEndpoint has the server's public key; no CURVE handshake begins without
-            server_key, server_secret = zmq.curve_keypair()
-            public_key, secret_key = zmq.curve_keypair()
-            keys = {"server_key": server_key, "public_key": public_key, "secret_key": secret_key}
-            for server in (self._socket, heartbeats):
-                server.curve_server = True
-                server.curve_secretkey = server_secret
-                server.curve_publickey = server_key
+            keys = secured((self._socket, heartbeats))
             address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
             heartbeat_address = f"tcp://{host}:{heartbeats.bind_to_random_port(f'tcp://{host}')}"
         self.endpoint = LeaderEndpoint(
@@ -114,8 +115,7 @@ class RemoteExecutor:
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
         self._results: deque[bytes] = deque()
-        self._transfer_results: list[TransferResult] = []
-        self._adapter_results: list[AdapterResult] = []
+        self._beside: dict[MessageKind, list[Any]] = {kind: [] for kind in _BESIDE}
         self._failure: ArrieroError | None = None
         self._failure_lock = threading.Lock()
         self._stop_slices: Callable[[], None] = lambda: None
@@ -235,9 +235,7 @@ class RemoteExecutor:
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
         """
-        self._receive_beside(self._transfer_results, timeout_s)
-        results, self._transfer_results = self._transfer_results, []
-        return results
+        return self._collect_beside(MessageKind.TRANSFER_RESULT, timeout_s)
 
     def change_adapters(self, batch: AdapterBatch) -> None:
         """Send loads and drops of adapters to every slice of the data-parallel rank."""
@@ -249,8 +247,23 @@ class RemoteExecutor:
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
         """
-        self._receive_beside(self._adapter_results, timeout_s)
-        results, self._adapter_results = self._adapter_results, []
+        return self._collect_beside(MessageKind.ADAPTER_RESULT, timeout_s)
+
+    def change_weights(self, command: WeightsCommand) -> None:
+        """Send a command on weights to every slice, after the plans."""
+        self._send(range(len(self._identities)), MessageKind.WEIGHTS, command)
+
+    def collect_weights(self, timeout_s: float = 0.0) -> list[WeightsResult]:
+        """Ends of commands since the last call; waits for the first until the time limit.
+
+        Raises:
+            GroupFailed: a slice is lost; the text is the first cause.
+        """
+        return self._collect_beside(MessageKind.WEIGHTS_RESULT, timeout_s)
+
+    def _collect_beside(self, kind: MessageKind, timeout_s: float) -> list[Any]:
+        self._receive_beside(self._beside[kind], timeout_s)
+        results, self._beside[kind] = self._beside[kind], []
         return results
 
     def _receive_beside(self, results: Sized, timeout_s: float) -> None:
@@ -308,11 +321,8 @@ class RemoteExecutor:
         kind = MessageKind.of_frame(head)
         if kind is MessageKind.RESULT:
             return body
-        if kind is MessageKind.TRANSFER_RESULT:
-            self._transfer_results.append(wire.decode(body, TransferResult))
-            return None
-        if kind is MessageKind.ADAPTER_RESULT:
-            self._adapter_results.append(wire.decode(body, AdapterResult))
+        if (result_type := _BESIDE.get(kind)) is not None:
+            self._beside[kind].append(wire.decode(body, result_type))
             return None
         rank = int.from_bytes(identity, "little")
         self._accept(rank, kind, body)

@@ -22,6 +22,7 @@ class MessageKind(StrEnum):
         RESULT: slice to leader: result of a step plan; `StepResult`.
         TRANSFER_RESULT: slice to leader: result of a transfer of KV blocks; `TransferResult`.
         ADAPTER_RESULT: slice to leader: end of an adapter's load; `AdapterResult`.
+        WEIGHTS_RESULT: slice to leader: end of a command on weights; `WeightsResult`.
         EXPERT_LOADS: slice to leader: tokens per expert since the last message of this kind, an
             array for each layer.
         ERROR: slice to leader: error that ends the slice; `SliceFailure`.
@@ -29,6 +30,7 @@ class MessageKind(StrEnum):
         PLAN: leader to slice: step plan to run; `StepPlan`.
         TRANSFER: leader to slice: KV blocks to transfer; `TransferBatch`.
         ADAPTERS: leader to slice: adapters to load or to drop; `AdapterBatch`.
+        WEIGHTS: leader to slice: check, release or load weights; `WeightsCommand`.
         STOP: leader to slice: end the loop; no body.
     """
 
@@ -38,12 +40,14 @@ class MessageKind(StrEnum):
     RESULT = "result"
     TRANSFER_RESULT = "transfer result"
     ADAPTER_RESULT = "adapter result"
+    WEIGHTS_RESULT = "weights result"
     EXPERT_LOADS = "expert loads"
     ERROR = "error"
     JOIN = "join"
     PLAN = "plan"
     TRANSFER = "transfer"
     ADAPTERS = "adapters"
+    WEIGHTS = "weights"
     STOP = "stop"
 
     @property

@@ -5,6 +5,7 @@ Knows addresses and keys; knows nothing of plans or weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import zmq
@@ -36,6 +37,20 @@ class LeaderEndpoint:
             socket.curve_serverkey = self.server_key
             socket.curve_publickey = self.public_key
             socket.curve_secretkey = self.secret_key
+
+
+def secured(servers: Iterable[zmq.Socket[bytes]]) -> dict[str, bytes]:
+    """Make sockets that are not bound yet CURVE servers; gives the keys of a `LeaderEndpoint`.
+
+    Only a LeaderEndpoint has the server's public key: no handshake begins without.
+    """
+    server_key, server_secret = zmq.curve_keypair()
+    public_key, secret_key = zmq.curve_keypair()
+    for server in servers:
+        server.curve_server = True
+        server.curve_secretkey = server_secret
+        server.curve_publickey = server_key
+    return {"server_key": server_key, "public_key": public_key, "secret_key": secret_key}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

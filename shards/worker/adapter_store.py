@@ -43,9 +43,11 @@ class AdapterStore:
         dp_rank: int,
         pinned: bool,
     ) -> None:
-        self._banks, self._reader = banks, reader
+        self._banks: AdapterBanks | None = banks
+        self._reader = reader
         self._rank, self._dp_rank, self._pinned = rank, dp_rank, pinned
         self._cuts: dict[str, AdapterCut] = {}
+        self._in_slots: dict[int, str] = {}  # digest by slot
         self._loads: queue.SimpleQueue[AdapterLoad | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -66,7 +68,24 @@ class AdapterStore:
     def apply(self, changes: Iterable[SlotChange]) -> None:
         """Copy adapters into slots, in the order of the device's work."""
         for change in changes:
-            self._banks.write(change.slot, self._cuts[change.digest])
+            self._bound.write(change.slot, self._cuts[change.digest])
+            self._in_slots[change.slot] = change.digest
+
+    def rebind(self, banks: AdapterBanks | None) -> None:
+        """Use other slots of the same size from now on, with the same adapters in them.
+
+        Args:
+            banks: empty slots; None: no adapter enters a slot until the next call.
+        """
+        self._banks = banks
+        for slot, digest in self._in_slots.items() if banks is not None else ():
+            if digest in self._cuts:  # otherwise its sequences and the adapter have ended
+                self._bound.write(slot, self._cuts[digest])
+
+    @property
+    def _bound(self) -> AdapterBanks:
+        assert self._banks is not None, "the leader changes no slot without weights"
+        return self._banks
 
     def close(self) -> None:
         """Stop the thread."""
@@ -97,7 +116,7 @@ class AdapterStore:
             raise CheckpointError(
                 f"{load.path}: the files have changed since the adapter was added; add it again"
             )
-        cut = self._banks.cut(adapter, pinned=self._pinned)
+        cut = self._bound.cut(adapter, pinned=self._pinned)
         if signature(load.path) != before:
             raise CheckpointError(f"{load.path}: the files changed while they were read; try again")
         return cut

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from arriero.shards.kv.transfer_worker import TransferWorkers
     from arriero.shards.kv.transfers import TransferResult
     from arriero.shards.protocol.adapters import AdapterResult
+    from arriero.shards.protocol.weights import WeightsResult
     from arriero.shards.worker.runner import Runner
 from arriero.shards.worker.step_results import Pending
 
@@ -81,6 +82,7 @@ def run_slice(
         transfer_workers = runner.open_tiers(link.send_transfer_result, host)
         if runner.adapter_store is not None:
             runner.adapter_store.start(link.send_adapter_result)
+        runner.weight_checker.start(link.send_weights_result)
         try:
             _serve(runner, link, activity, transfer_workers)
         finally:
@@ -156,6 +158,8 @@ def _serve(
     from arriero.shards.kv.transfers import TransferBatch
     from arriero.shards.protocol.adapters import AdapterBatch
     from arriero.shards.protocol.step_plan import StepPlan
+    from arriero.shards.protocol.weights import WeightsCommand
+    from arriero.shards.worker.weight_commands import run_command
 
     launched: deque[Pending] = deque()
     loads_sent_s = time.monotonic()
@@ -172,11 +176,16 @@ def _serve(
                     result = launched.popleft().wait()
             link.send(MessageKind.RESULT, result)
         activity.idle = True
-        message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER, MessageKind.ADAPTERS)
-        activity.idle = False
+        message = link.receive_any(
+            MessageKind.PLAN, MessageKind.TRANSFER, MessageKind.ADAPTERS, MessageKind.WEIGHTS
+        )
         if message is None:
             return
         kind, body = message
+        if kind is MessageKind.WEIGHTS:  # may take minutes without progress, as the wait for work
+            run_command(runner, wire.decode(body, WeightsCommand), link.send_weights_result)
+            continue
+        activity.idle = False
         if kind is MessageKind.TRANSFER:
             transfer_workers.submit(wire.decode(body, TransferBatch))
             continue
@@ -265,6 +274,10 @@ class _LeaderLink:
     def send_adapter_result(self, result: AdapterResult) -> None:
         """Send the end of an adapter's load; from any thread, before `close`."""
         self._send_beside(MessageKind.ADAPTER_RESULT, result)
+
+    def send_weights_result(self, result: WeightsResult) -> None:
+        """Send the end of a command on weights; from any thread, before `close`."""
+        self._send_beside(MessageKind.WEIGHTS_RESULT, result)
 
     def _send_beside(self, kind: MessageKind, result: object) -> None:
         with self._transfer_lock:  # a second socket, since the main thread waits in the first

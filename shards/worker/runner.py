@@ -9,47 +9,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.lora import AdapterRows
-from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.adapters.adapter import open_adapters
-from arriero.shards.checkpoint.packed_cache import open_packed
+from arriero.shards.checkpoint.overlay import open_weights
+from arriero.shards.checkpoint.page_cache import drop_pages
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.kv.block_shards import BlockShard
-from arriero.shards.kv.transfer_worker import Fence, TierSettings, TransferWorker, TransferWorkers
-from arriero.shards.kv.transfers import Pool, TransferResult
-from arriero.shards.layout.families import (
-    attention_chunk,
-    parts_of,
-    pool_layers,
-    visible_keys,
-)
-from arriero.shards.layout.parts import AnyModel, AnyPart
-from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
+from arriero.shards.kv.transfer_worker import Fence, TransferWorker, TransferWorkers
+from arriero.shards.kv.transfers import TransferResult
+from arriero.shards.layout.families import attention_chunk, parts_of
+from arriero.shards.layout.parts import AnyModel
 from arriero.shards.models.loader import Progress
-from arriero.shards.models.model_slice import SliceSettings, load_slice
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
 from arriero.shards.protocol.verification import drawn_rows
 from arriero.shards.worker.adapter_store import store_of
 from arriero.shards.worker.grammar_masks import GrammarRows
-from arriero.shards.worker.malloc import returning_large_buffers
+from arriero.shards.worker.resident_model import ResidentModel, give_memory_back, load_resident
 from arriero.shards.worker.rope_table import Rope
 from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
-from arriero.shards.worker.speculation.sources import Target
-from arriero.shards.worker.speculation.sources import draft_source as draft_source_of
-from arriero.shards.worker.speculation.step_drafts import StepDrafts
 from arriero.shards.worker.step_results import Done, Drawn, Pending, logprobs_of
+from arriero.shards.worker.tier_settings import tier_settings
+from arriero.shards.worker.weight_checker import WeightChecker
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows with logits in memory at a time; limits the logits to a few MB per 1,000 tokens."""
@@ -74,12 +64,12 @@ class Runner:
         torch.set_grad_enabled(False)
         started = time.perf_counter()
         self._config = config
-        checkpoint = Checkpoint.open(config.model_path)
+        checkpoint = open_weights(config.model_path, config.weights)
         model = checkpoint.config
         self._check_device(checkpoint)
         checkpoint.check_whole()
         device = torch.device(config.device)
-        parts = parts_of(model, config)
+        parts = self._parts = parts_of(model, config)
         part = parts[rank]
         self.mesh = Mesh(part, config, device=device)
         self._ops = ops_for(
@@ -90,40 +80,12 @@ class Runner:
         )
         self.mesh.add_parts = self._ops.add_parts
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
-        draft_source = draft_source_of(config, model)
-        settings = SliceSettings(
-            dtype=getattr(torch, config.dtype),
-            quantization=config.quantization,
-            num_blocks=config.num_blocks + self.spare_blocks,
-            num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
-            block_size=config.block_size,
-            kv_dtype=cache_dtype(config.cache_dtype),
-            offload_layers=config.offload_layers,
-            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
-            wire=config.expert_wire,
-            placement=first_placement(config, parts),
-            visible=visible_keys(model, config),
-            taps=draft_source.taps if draft_source is not None else (),
-            progress=progress,
-            packed=self._packed_file(checkpoint, part),
-            adapters=open_adapters(config, model),
-            adapter_slots=config.adapter_slots,
-        )
-        self._drafts: StepDrafts | None = None
-        with returning_large_buffers():
-            self._model = load_slice(checkpoint, part, self.mesh, self._ops, settings)
-            if draft_source is not None and part.last_stage:
-                target = Target(
-                    checkpoint=checkpoint,
-                    model=self._model,
-                    parts=parts,
-                    mesh=self.mesh,
-                    ops=self._ops,
-                    num_blocks=settings.num_blocks,
-                )
-                self._drafts = StepDrafts(draft_source.load(target), self._model.taps, self.mesh)
+        self.weight_checker = WeightChecker(config, part, config.world_size)
+        self._tiers = TransferWorkers({})
+        self._hold(self._load_resident(checkpoint, progress))
+        self.weight_checker.note(checkpoint, config.weights)
         self.adapter_store = store_of(
-            config, model, settings.adapters, self._model.adapters, self.mesh.part.rank
+            config, model, open_adapters(config, model), self._model.adapters, rank
         )
         self._hidden_size = model.hidden_size
         self._table = self.table_type(
@@ -141,20 +103,7 @@ class Runner:
         self._vocab_sizes = [tp_part.vocab.size for tp_part in parts[first : first + config.tp]]
         self.phase = "loaded"
         self.load_s = time.perf_counter() - started
-        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
-        if self._model.adapters is not None:
-            self.weights_nbytes += self._model.adapters.nbytes
-        if self._drafts is not None:
-            self.weights_nbytes += self._drafts.drafter.weights_nbytes
-            self.kv_nbytes += self._drafts.drafter.kv_nbytes
         self.kernels = self._ops.name
-
-    def _packed_file(self, checkpoint: Checkpoint, part: AnyPart) -> PackedFile | None:
-        config = self._config
-        if config.offload_layers:  # these weights stay mapped from a file of their own
-            return None
-        form = f"{config.dtype} {config.quantization}"
-        return open_packed(checkpoint, part, self._ops, form, config.packed_cache_bytes)
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
@@ -173,9 +122,72 @@ class Runner:
         Called after all ranks have joined and before `open_tiers`.
         """
 
+    def _load_resident(
+        self, checkpoint: Checkpoint, progress: Progress = lambda done, total: None
+    ) -> ResidentModel:
+        return load_resident(
+            self._config,
+            checkpoint,
+            self._parts,
+            self.mesh,
+            self._ops,
+            spare_blocks=self.spare_blocks,
+            progress=progress,
+        )
+
+    def _hold(self, resident: ResidentModel) -> None:
+        """Use this model from now on."""
+        self._model, self._drafts = resident.model, resident.drafts
+        self.weights_nbytes = resident.weights_nbytes
+        self.kv_nbytes = resident.kv_nbytes
+
+    def release(self, *, keep_on_host: bool = True) -> None:
+        """Give the memory of weights and KV cache back; only `load` may follow.
+
+        Args:
+            keep_on_host: whether the files of the weights stay in the page cache.
+        """
+        self.phase = "release of weights"
+        self._tiers.rebind(None)
+        if self.adapter_store is not None:
+            self.adapter_store.rebind(None)
+        if not keep_on_host:
+            drop_pages(open_weights(self._config.model_path, self._config.weights).files)
+        if not self.weights_nbytes:
+            return
+        self._drafts = None
+        del self._model
+        self.weights_nbytes = self.kv_nbytes = 0
+        give_memory_back(self.mesh.device)
+
+    def load(self, sources: tuple[str, ...]) -> None:
+        """Load weights and an empty KV cache in place of those before, if any.
+
+        Args:
+            sources: what replaces tensors of the model folder; see `open_weights`.
+
+        Raises:
+            CheckpointError: files have changed since they were checked; the rank is as before.
+        """
+        checkpoint = open_weights(self._config.model_path, sources)
+        self.weight_checker.require_unchanged(checkpoint, sources)
+        checkpoint.check_whole()
+        if self.weights_nbytes:
+            self.release()
+        self.phase = "load of weights"
+        self._config = replace(self._config, weights=sources)
+        self._hold(self._load_resident(checkpoint))
+        self.weight_checker.note(checkpoint, sources)
+        self._tiers.rebind(self._model.kv_pools)
+        if self.adapter_store is not None:
+            self.adapter_store.rebind(self._model.adapters)
+        self.warm_up()
+        self.phase = "loaded"
+
     def close(self) -> None:
         """Stop background threads; no step may follow."""
         self._table.close()
+        self.weight_checker.close()
         if self.adapter_store is not None:
             self.adapter_store.close()
 
@@ -194,7 +206,8 @@ class Runner:
 
         Empty except on the first rank of a stage, since all ranks of a stage count the same.
         """
-        return {} if self.mesh.stage_rank else self._model.take_loads()
+        released = not self.weights_nbytes
+        return {} if self.mesh.stage_rank or released else self._model.take_loads()
 
     def open_tiers(
         self, on_result: Callable[[TransferResult], None], host: str = "127.0.0.1"
@@ -205,38 +218,16 @@ class Runner:
             on_result: called with results of copies, in the threads of the workers.
             host: address of this node, where ranks of other nodes may read host memory.
         """
-        config, part = self._config, self.mesh.part
-        if not config.tiers.enabled:
-            return TransferWorkers({})
-        checkpoint = Checkpoint.open(config.model_path)
-        model = checkpoint.config
-        limits = tier_limits(config, model)
-        workers = {}
-        dp_rank, parts = config.dp_rank_of(part.rank), parts_of(model, config)
-        earlier_parts = [
-            other for other in parts[: part.rank] if config.dp_rank_of(other.rank) == dp_rank
-        ]
-        for pool, kv in self._model.kv_pools.items():
-            shard, *earlier_shards = (
-                BlockShard(
-                    pool_layers(model, rank_part, pool),
-                    (rank_part.kv_heads.start, rank_part.kv_heads.stop),
-                )
-                for rank_part in (part, *earlier_parts)
+        if self._config.tiers.enabled:
+            kv_pools, part = self._model.kv_pools, self.mesh.part
+            settings = tier_settings(self._config, self._parts, part, kv_pools, host)
+            self._tiers = TransferWorkers(
+                {
+                    pool: TransferWorker(kv_pools[pool], of_pool, on_result, self.fence)
+                    for pool, of_pool in settings.items()
+                }
             )
-            settings = TierSettings(
-                config=config.tiers,
-                salt=cache_salt(config, checkpoint.digest),
-                host_slots=(limits.all if pool is Pool.ALL else limits.local).host_blocks,
-                rank=part.rank,
-                pool=pool,
-                dp_rank=dp_rank,
-                shard=shard,
-                host=host,
-                writes=shard not in earlier_shards,
-            )
-            workers[pool] = TransferWorker(kv, settings, on_result, self.fence)
-        return TransferWorkers(workers)
+        return self._tiers
 
     def fence(self) -> Fence | None:
         """An event after all launched work; None when the work is finished already."""

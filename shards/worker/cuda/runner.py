@@ -155,10 +155,20 @@ class CudaRunner(Runner):
         shape, dtype = (most, self._hidden_size), self._activation_dtype
         self._received_SH = torch.zeros(shape, dtype=dtype, device=where)
         self._passed_SH = torch.zeros(shape, dtype=dtype, device=where)
-        self._graphs: GraphRunner | None = None
+        self._graphs = self._new_graphs()
+
+    def _new_graphs(self) -> GraphRunner | None:
+        """Room for graphs; None where steps run op by op."""
+        config = self._config
         # a drafter reads each step's tokens on the host, and activations outside of graphs
         if config.dp == 1 and self._ops.capturable and not config.speculation.in_slices:
-            self._graphs = GraphRunner(self._device, buckets_up_to(most))
+            return GraphRunner(self._device, buckets_up_to(len(self._drawn_S)))
+        return None
+
+    def release(self, *, keep_on_host: bool = True) -> None:
+        """Give memory back, that of the graphs included: graphs hold addresses of weights."""
+        self._graphs = None
+        super().release(keep_on_host=keep_on_host)
 
     def _check_device(self, checkpoint: Checkpoint) -> None:
         if self._config.device == "cuda":
@@ -242,6 +252,8 @@ class CudaRunner(Runner):
         """
         if not self._ops.capturable:
             return  # plain torch: nothing is compiled
+        if self._graphs is None:  # after `release`
+            self._graphs = self._new_graphs()
         self.phase = "compile"
         for num_tokens in prompt_sizes(self._config.max_batch_tokens):
             self._run_padding_prompt(num_tokens)

@@ -1,0 +1,70 @@
+"""Messages between leader and slices about the weights of a group: check, release, load.
+
+The leader decides. A command travels on the channel of the plans, behind all plans so far: so a
+slice releases and loads weights between two steps. Files are checked in a thread beside the steps.
+Knows the contents of a message; knows nothing of files and tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+MOST_SOURCES = 32
+"""Most folders or files whose tensors replace those of the model folder."""
+
+
+class WeightsAction(StrEnum):
+    """What a slice does with weights.
+
+    Attributes:
+        CHECK: read the files of `sources` beside the steps, and report their digest.
+        RELEASE: give the memory of weights and KV cache back.
+        LOAD: load the weights of `sources` and an empty KV cache, in place of those before.
+    """
+
+    CHECK = "check"
+    RELEASE = "release"
+    LOAD = "load"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsCommand:
+    """A command to every slice.
+
+    Attributes:
+        number: number of the command; results repeat it.
+        action: what the slice does.
+        sources: folders and files whose tensors replace those of the model folder, in order.
+        keep_on_host: of RELEASE: whether the files stay in the host's page cache.
+    """
+
+    number: int
+    action: WeightsAction
+    sources: tuple[str, ...] = ()
+    keep_on_host: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsResult:
+    """The end of a command on one rank.
+
+    Attributes:
+        rank: rank that reports.
+        number: number of the command.
+        error: why the weights are refused; "" after success.
+        shape: of CHECK: digest of settings, names, shapes, and of a sample of each tensor; equal on
+            all ranks that read the same files.
+        hashes: of CHECK: digests of whole tensors by place in the sorted names; each tensor is on
+            one rank.
+        weights_bytes: bytes of weights on the device after the command.
+        kv_bytes: bytes of the KV cache on the device after the command.
+    """
+
+    rank: int
+    number: int
+    error: str = ""
+    shape: str = ""
+    hashes: dict[int, bytes] | None = None
+    weights_bytes: int = 0
+    kv_bytes: int = 0
