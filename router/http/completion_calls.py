@@ -18,6 +18,7 @@ from arriero.router.http.hosted_tools import check as check_hosted
 from arriero.router.http.request_schemas import ChatBody, CompletionBody, Sampling
 from arriero.router.http.stream import until_disconnect
 from arriero.router.http.text_completion import TextCompletion
+from arriero.router.http.token_fields import TokenFields
 from arriero.router.inference import Inference, Stream
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tenants.admission_controller import Caller
@@ -62,7 +63,11 @@ async def chat_calls(
     call = translate.chat_request(body)
     text, views = await until_disconnect(request, inference.find(call.model))
     encoder = responses.ChatCompletion(
-        views[0].name, text.tokenizer, with_usage=_with_usage(body), head=head
+        views[0].name,
+        text.tokenizer,
+        with_usage=_with_usage(body),
+        head=head,
+        tokens=TokenFields.of(body),
     )
     return CompletionCalls(calls=[call], encoder=encoder, n=body.n or 1, text=text)
 
@@ -82,6 +87,7 @@ async def text_calls(
         prompt_only=body.prompt_only,
         with_usage=_with_usage(body),
         head=head,
+        tokens=TokenFields.of(body),
     )
     return CompletionCalls(calls=calls, encoder=encoder, n=body.n or 1, text=text)
 

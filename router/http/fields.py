@@ -193,8 +193,6 @@ GENERATION: Mapping[str, Rule] = {
     "bad_words": refused("give `banned_token_ids` or `logit_bias`", *NOTHING),
     "logits_processors": refused("code from callers is not run", *NOTHING),
     "custom_logit_processor": refused("code from callers is not run", *NOTHING),
-    "return_tokens_as_token_ids": refused("tokens are returned as text", False),
-    "return_token_ids": refused("tokens are returned as text", False),
     "return_hidden_states": refused("hidden states are not returned", False),
     "kv_transfer_params": refused("groups exchange blocks by themselves", *NOTHING),
     "vllm_xargs": refused("vLLM's own arguments are unknown here", *NOTHING),

@@ -204,6 +204,12 @@ class Sampling(SessionFields):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="Form of the output; instead of `response_format`."
     )
+    return_token_ids: bool = Field(
+        False, description="Give the token ids of the prompt and of the output, as vLLM does."
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Spell tokens of log-probabilities as `token_id:N`, as vLLM does."
+    )
     guided_json: dict[str, Any] | str | None = Field(
         None, description="As `structured_outputs.json`."
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from arriero.router.http import safety
 from arriero.router.http.spelling import logprob_json
+from arriero.router.http.token_fields import TokenFields, fingerprint
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class ChatCompletion:
         tokenizer: spells tokens, for log-probabilities.
         with_usage: end a stream with the usage.
         head: common fields of the chunks; None for a new answer.
+        tokens: what the answer shows of its tokens; None for nothing.
     """
 
     def __init__(
@@ -105,30 +107,45 @@ class ChatCompletion:
         *,
         with_usage: bool = False,
         head: Json | None = None,
+        tokens: TokenFields | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._with_usage = with_usage
+        self._tokens = tokens or TokenFields()
         self.head: Json = head or answer_head("chatcmpl", "chat.completion.chunk", model)
         self._num_calls: dict[int, int] = {}
-        self._text = TextEvents(
+        self._text = self._text_events()
+
+    def _text_events(self) -> TextEvents:
+        return TextEvents(
             self.head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
         )
+
+    def _begin(self, start: pb.Start) -> Json:
+        """Note the facts of an answer's start; gives the fields of the first chunk alone."""
+        self.head = self.head | fingerprint(start.weights)
+        self._text = self._text_events()
+        return {"prompt_token_ids": list(start.prompt_token_ids)} if self._tokens.ids else {}
 
     def encoded(self, number: int, message: Message) -> bytes:
         """As `events`, encoded as server-sent events."""
         if isinstance(message, TextDelta):
-            if message.index in self._num_calls and message.text:
+            plain = message.text and not self._tokens.ids
+            if plain and message.index in self._num_calls:
                 return self._text.make(message.index, message.text)
             message = message.to_wire()
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: a chunk for each sample in `message`; its finish reason apart."""
+        first = self._begin(message.start) if message.HasField("start") else {}
         chunks = [
             self.head | {"choices": [choice]}
             for output in message.outputs
             for choice in _apart(self._delta(output))
         ]
+        if chunks:
+            chunks[0] |= first
         return safety.on_last(chunks, message)
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
@@ -144,8 +161,11 @@ class ChatCompletion:
         """The sum of the messages as a whole completion."""
         counted = usage(*(message.usage for _, message in messages if message.HasField("usage")))
         choices: dict[int, Json] = {}
+        prompt: Json = {}
         for number, message in messages:
             for event in self.events(number, message):
+                if "prompt_token_ids" in event:
+                    prompt = {"prompt_token_ids": event["prompt_token_ids"]}
                 (part,) = event["choices"]
                 choice = choices.setdefault(
                     part["index"],
@@ -160,7 +180,7 @@ class ChatCompletion:
         for choice in choices.values():
             if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
                 choice["message"]["content"] = ""
-        head = self.head | {"object": "chat.completion"} | safety.of_messages(messages)
+        head = self.head | {"object": "chat.completion"} | prompt | safety.of_messages(messages)
         return head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
 
     def _delta(self, output: pb.Output) -> Json:
@@ -190,13 +210,18 @@ class ChatCompletion:
         logprobs = None
         if output.logprobs:
             vocabulary = self._tokenizer.vocabulary
-            logprobs = {"content": [logprob_json(vocabulary, row) for row in output.logprobs]}
-        return {
+            as_ids = self._tokens.as_ids
+            rows = [logprob_json(vocabulary, row, as_ids=as_ids) for row in output.logprobs]
+            logprobs = {"content": rows}
+        choice: Json = {
             "index": output.index,
             "delta": delta,
             "logprobs": logprobs,
             "finish_reason": reason,
         }
+        if self._tokens.ids:
+            choice["token_ids"] = list(output.token_ids)
+        return choice
 
 
 def _apart(choice: Json) -> list[Json]:
@@ -204,6 +229,8 @@ def _apart(choice: Json) -> list[Json]:
     if not choice["delta"] or choice["finish_reason"] is None:
         return [choice]
     end = {"index": choice["index"], "delta": {}, "logprobs": None}
+    if "token_ids" in choice:
+        end["token_ids"] = []
     return [choice | {"finish_reason": None}, end | {"finish_reason": choice["finish_reason"]}]
 
 
@@ -227,6 +254,8 @@ def _add(choice: Json, part: Json) -> None:
         if choice["logprobs"] is None:
             choice["logprobs"] = {"content": []}
         choice["logprobs"]["content"] += part["logprobs"]["content"]
+    if "token_ids" in part:
+        choice.setdefault("token_ids", []).extend(part["token_ids"])
     choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
 
 

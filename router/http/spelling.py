@@ -31,15 +31,29 @@ def spell(vocabulary: Vocabulary, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def logprob_json(vocabulary: Vocabulary, row: pb.PositionLogprobs) -> Json:
-    """The log-probabilities of a position in the JSON of the OpenAI APIs."""
-    top = [_entry(vocabulary, entry) for entry in row.top]
-    return _entry(vocabulary, row.chosen) | {"top_logprobs": top}
+def spell_id(token: int) -> str:
+    """A token by its id, as vLLM spells it."""
+    return f"token_id:{token}"
 
 
-def _entry(vocabulary: Vocabulary, entry: pb.TokenLogprob) -> Json:
+def logprob_json(
+    vocabulary: Vocabulary, row: pb.PositionLogprobs, *, as_ids: bool = False
+) -> Json:
+    """The log-probabilities of a position in the JSON of the OpenAI APIs.
+
+    Args:
+        vocabulary: bytes of the tokens.
+        row: of the position.
+        as_ids: spell tokens by their ids.
+    """
+    top = [_entry(vocabulary, entry, as_ids) for entry in row.top]
+    return _entry(vocabulary, row.chosen, as_ids) | {"top_logprobs": top}
+
+
+def _entry(vocabulary: Vocabulary, entry: pb.TokenLogprob, as_ids: bool) -> Json:
+    token = entry.token_id
     return {
-        "token": spell(vocabulary, entry.token_id),
+        "token": spell_id(token) if as_ids else spell(vocabulary, token),
         "logprob": entry.logprob,
         "bytes": list(token_bytes(vocabulary, entry.token_id)),
     }
@@ -50,7 +64,7 @@ def spell_unique(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:
     spelled: dict[str, int] = {}
     for token in tokens:
         text = spell(vocabulary, token)
-        spelled[f"token_id:{token}" if text in spelled else text] = token
+        spelled[spell_id(token) if text in spelled else text] = token
     return list(spelled)
 
 

@@ -18,7 +18,8 @@ from arriero.router.http.responses import (
     event,
     usage,
 )
-from arriero.router.http.spelling import TextOffsets, spell, spell_unique
+from arriero.router.http.spelling import TextOffsets, spell, spell_id, spell_unique
+from arriero.router.http.token_fields import TokenFields, fingerprint, whole_fingerprint
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class TextCompletion:
         prompt_only: return the echo without output.
         with_usage: end a stream with the usage.
         head: common fields of the chunks; None for a new answer.
+        tokens: what the answer shows of its tokens; None for nothing.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class TextCompletion:
         prompt_only: bool = False,
         with_usage: bool = False,
         head: Json | None = None,
+        tokens: TokenFields | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._tokens = tokens or TokenFields()
         self._with_usage = with_usage
         self._n = n
         self._prompt_only = prompt_only
@@ -59,24 +63,36 @@ class TextCompletion:
         self._starts: dict[int, pb.Start] = {}
         self._offsets: dict[int, TextOffsets] = {}
         self.head: Json = head or answer_head("cmpl", "text_completion", model)
-        self._text = TextEvents(self.head, ',"text":', ',"logprobs":null,"finish_reason":null}')
+        self._texts: dict[int, TextEvents] = {}
 
     def encoded(self, number: int, message: Message) -> bytes:
         """As `events`, encoded as server-sent events."""
         if isinstance(message, TextDelta):
             index = number * self._n + message.index
-            if index in self._offsets:
-                return self._text.make(index, message.text)
+            if index in self._offsets and not self._tokens.ids:
+                return self._text(number).make(index, message.text)
             message = message.to_wire()
         return b"".join(map(event, self.events(number, message)))
+
+    def _text(self, number: int) -> TextEvents:
+        if number not in self._texts:
+            self._texts[number] = TextEvents(
+                self._head(number), ',"text":', ',"logprobs":null,"finish_reason":null}'
+            )
+        return self._texts[number]
+
+    def _head(self, number: int) -> Json:
+        """Fields of the chunks of a prompt's answer."""
+        start = self._starts.get(number)
+        return self.head if start is None else self.head | fingerprint(start.weights)
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: a chunk for each sample in `message`."""
         if message.HasField("start"):
             self._starts[number] = message.start
-        chunks = [
-            self.head | {"choices": [self._choice(number, output)]} for output in message.outputs
-        ]
+            self._texts.pop(number, None)
+        head = self._head(number)
+        chunks = [head | {"choices": [self._choice(number, output)]} for output in message.outputs]
         return safety.on_last(chunks, message)
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
@@ -99,6 +115,8 @@ class TextCompletion:
                 if before is part:
                     continue
                 before["text"] += part["text"]
+                if self._tokens.ids:
+                    before["token_ids"] += part["token_ids"]
                 before["finish_reason"] = part["finish_reason"]
                 if before["logprobs"] is None:
                     before["logprobs"] = part["logprobs"]
@@ -106,7 +124,8 @@ class TextCompletion:
                     for name, values in part["logprobs"].items():
                         before["logprobs"][name] += values
         ordered = [choices[i] for i in sorted(choices)]
-        head = self.head | safety.of_messages(messages)
+        head = self.head | whole_fingerprint(list(self._starts.values()))
+        head |= safety.of_messages(messages)
         return head | {"choices": ordered, "usage": self._usage(counted)}
 
     def _usage(self, counted: Json) -> Json:
@@ -120,8 +139,13 @@ class TextCompletion:
         rows = [] if self._prompt_only else list(output.logprobs)
         reason = REASONS.get(output.finish_reason)
         prompt_columns = None
+        ids: Json = {}
+        if self._tokens.ids:
+            ids["token_ids"] = [] if self._prompt_only else list(output.token_ids)
         if index not in self._offsets:
             prompt_text = ""
+            if self._tokens.ids:
+                ids["prompt_token_ids"] = list(self._starts[number].prompt_token_ids)
             if self._echo is not None:
                 start = self._starts[number]
                 prompt_text = self._echo[number] or self._decode(start.prompt_token_ids)
@@ -141,6 +165,7 @@ class TextCompletion:
             "text": text,
             "logprobs": columns,
             "finish_reason": "length" if self._prompt_only and reason else reason,
+            **ids,
         }
 
     def _prompt_logprobs(self, number: int, start: pb.Start) -> dict[str, list[Any]]:
@@ -163,7 +188,7 @@ class TextCompletion:
             offsets: text offsets, continued with the tokens.
             first: first token of the prompt, which has no log-probability; None for no prompt.
         """
-        vocabulary = self._tokenizer.vocabulary
+        vocabulary, as_ids = self._tokenizer.vocabulary, self._tokens.as_ids
         columns: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -172,7 +197,7 @@ class TextCompletion:
         }
 
         def add(token: int, logprob: float | None, top: Json | None) -> None:
-            columns["tokens"].append(spell(vocabulary, token))
+            columns["tokens"].append(spell_id(token) if as_ids else spell(vocabulary, token))
             columns["token_logprobs"].append(logprob)
             columns["top_logprobs"].append(top)
             columns["text_offset"].append(offsets.add(token))
@@ -180,7 +205,8 @@ class TextCompletion:
         if first is not None:
             add(first, None, None)
         for row in rows:
-            names = spell_unique(vocabulary, [entry.token_id for entry in row.top])
+            ids = [entry.token_id for entry in row.top]
+            names = list(map(spell_id, ids)) if as_ids else spell_unique(vocabulary, ids)
             values = (entry.logprob for entry in row.top)
             add(row.chosen.token_id, row.chosen.logprob, dict(zip(names, values, strict=True)))
         return columns

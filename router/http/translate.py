@@ -160,7 +160,9 @@ def detokenize_request(model: str, tokens: list[int], skip_special: bool) -> pb.
 
 
 def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
-    request.options.include_token_ids = False
+    request.options.include_token_ids = body.return_token_ids
+    if body.return_token_ids:
+        request.options.include_prompt_token_ids = True
     for name in _SAMPLING:
         value = getattr(body, name)
         _set(request.sampling, name, min(value, _MAX_INT32) if name == "top_k" and value else value)

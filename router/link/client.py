@@ -68,6 +68,7 @@ class LinkClient:
         self._group_id = group_id
         self._on_change = on_change
         self._card: ModelCard | None = None
+        self._weights = ""  # compat key of the card
         self._up = False
         self._cause = "not connected yet"
         self._stats = _NO_STATS
@@ -277,6 +278,10 @@ class LinkClient:
                 self._on_kv(message.snapshot)
             elif isinstance(message, frames.Adapters):
                 self._card = replace(self.card, adapters=message.adapters)
+            elif isinstance(message, frames.Weights):
+                self._set_card(
+                    replace(self.card, digest=message.digest, cache_root=message.cache_root)
+                )
             elif isinstance(message, frames.Refused):
                 self._on_refused(message)
             elif isinstance(message, frames.Hello):
@@ -293,8 +298,11 @@ class LinkClient:
         card = hello.read()
         if self._group_id not in (None, card.group):
             raise Unavailable(f"another group, {card.group}, answers at this address")
-        self._card = card
+        self._set_card(card)
         self._set_state(True, "")
+
+    def _set_card(self, card: ModelCard) -> None:
+        self._card, self._weights = card, card.compat_key
 
     def _on_stats(self, stats: frames.Stats) -> None:
         was, before = self.connected, self._stats
@@ -309,6 +317,7 @@ class LinkClient:
         calls = []
         for handle, output in step.outputs(self._request_ids):
             call = self._calls[handle]
+            output.weights = self._weights
             call.put(output)
             calls.append(call)
         for call in calls:

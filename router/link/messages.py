@@ -31,7 +31,7 @@ from arriero.shards.errors import (
 )
 from arriero.shards.protocol import wire
 
-VERSION = 6
+VERSION = 7
 """Version of the link, part of the leader's hello; both ends must have the same version."""
 
 
@@ -143,6 +143,20 @@ class Adapters(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
     """The adapters that a group serves from now on, in place of the model card's."""
 
     adapters: tuple[ServedAdapter, ...]
+
+
+class Weights(msgspec.Struct, frozen=True, array_like=True, tag="weights"):
+    """The weights that a group serves from now on, in place of the model card's.
+
+    Comes after the last output of the weights before, and before the first of these.
+
+    Attributes:
+        digest: digest of the weights.
+        cache_root: the model's part of the keys of KV blocks.
+    """
+
+    digest: str
+    cache_root: bytes
 
 
 class KvChanges(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
@@ -299,7 +313,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
         return outputs
 
 
-LeaderMessage = Step | Stats | KvChanges | KvBlocks | Adapters | Refused | Hello | Bye
+LeaderMessage = Step | Stats | KvChanges | KvBlocks | Adapters | Weights | Refused | Hello | Bye
 
 
 class Action(msgspec.Struct, frozen=True, array_like=True):

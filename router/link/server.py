@@ -148,6 +148,20 @@ class LinkServer:
         for link in self._links:
             link.send(frames.Adapters(adapters))
 
+    def set_weights(self, digest: str, cache_root: bytes) -> None:
+        """Serve these weights from now on, and tell all gateways, after all outputs so far.
+
+        Called from the engine's thread, as `on_outputs`.
+        """
+        assert self._loop is not None, "set_weights before start"
+        self._loop.call_soon_threadsafe(self._set_weights, digest, cache_root)
+
+    def _set_weights(self, digest: str, cache_root: bytes) -> None:
+        self._card = replace(self._card, digest=digest, cache_root=cache_root)
+        for link in self._links:
+            link.flush()
+            link.send(frames.Weights(digest, cache_root))
+
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running requests finish for `grace_s` seconds, then close."""
         self._draining = True

@@ -160,6 +160,7 @@ class RequestProgress:
                 request_id=_unique(base.request_id),
                 params=params,
                 resumed=tuple(sample.tokens),
+                weights=(self.digest or "").partition(" ")[0],
             )
             sub_requests.append(SubRequest(request=request, index=index, max_tokens=room))
         return sub_requests
@@ -192,7 +193,9 @@ class RequestProgress:
             if group is not self._group and output.tokens:
                 self._group = group
                 self._max_tokens = sub_request.max_tokens
-                self.digest, self.layout = group.card.compat_key, group.card.layout
+                # the group may have got other weights while the request waited there
+                self.digest = output.weights or group.card.compat_key
+                self.layout = group.card.layout
             if output.prompt_logprobs is not None:
                 self._sent_prompt_logprobs = True
             accepted.append(output)

@@ -299,7 +299,7 @@ class Holds:
 
     def _checked(self, running: _Running, results: list[WeightsResult], errors: list[str]) -> Step:
         """Every slice has read the pushed weights."""
-        shapes = {result.shape for result in results}
+        shapes = {(result.shape, result.sample) for result in results}
         if not errors and len(shapes) > 1:
             errors = ["the slices read different files: copy the weights to every node"]
         if not errors:

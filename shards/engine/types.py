@@ -180,6 +180,7 @@ class SequenceOutput:
         num_cached: prompt tokens in the prefix cache (on the first output).
         num_drafted: drafted tokens that the step verified.
         num_accepted: those of them that are among `tokens`.
+        weights: name of the weights that gave the tokens; set by a gateway's end of the link.
     """
 
     request_id: str
@@ -193,6 +194,7 @@ class SequenceOutput:
     num_cached: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    weights: str = ""
 
 
 def ends_of(

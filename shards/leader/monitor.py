@@ -76,6 +76,11 @@ class Monitor:
             self._health.restart(time.monotonic())
             self._judging = True
 
+    def suspend(self) -> None:
+        """Judge no silence until the next `judge`: slices that load weights may be silent."""
+        with self._lock:
+            self._judging = False
+
     def plan_sent(self, step: int, dp_rank: int) -> None:
         """Note that a plan of a data-parallel rank is sent."""
         with self._lock:

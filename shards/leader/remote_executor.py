@@ -43,7 +43,7 @@ from arriero.shards.protocol.messages import (
 )
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport, secured
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
-from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
+from arriero.shards.protocol.weights import WeightsAction, WeightsCommand, WeightsResult
 from arriero.shards.worker.loop import run_slice
 
 POLL_S = 0.1
@@ -116,6 +116,7 @@ class RemoteExecutor:
         self._loads: dict[int, Loads] = {}
         self._results: deque[bytes] = deque()
         self._beside: dict[MessageKind, list[Any]] = {kind: [] for kind in _BESIDE}
+        self._num_changing = 0  # slices that release or load weights
         self._failure: ArrieroError | None = None
         self._failure_lock = threading.Lock()
         self._stop_slices: Callable[[], None] = lambda: None
@@ -251,6 +252,9 @@ class RemoteExecutor:
 
     def change_weights(self, command: WeightsCommand) -> None:
         """Send a command on weights to every slice, after the plans."""
+        if command.action is not WeightsAction.CHECK:
+            self._monitor.suspend()
+            self._num_changing = len(self._identities)
         self._send(range(len(self._identities)), MessageKind.WEIGHTS, command)
 
     def collect_weights(self, timeout_s: float = 0.0) -> list[WeightsResult]:
@@ -259,7 +263,12 @@ class RemoteExecutor:
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
         """
-        return self._collect_beside(MessageKind.WEIGHTS_RESULT, timeout_s)
+        results = self._collect_beside(MessageKind.WEIGHTS_RESULT, timeout_s)
+        if self._num_changing:
+            self._num_changing -= len(results)
+            if not self._num_changing:
+                self._monitor.judge()
+        return results
 
     def _collect_beside(self, kind: MessageKind, timeout_s: float) -> list[Any]:
         self._receive_beside(self._beside[kind], timeout_s)

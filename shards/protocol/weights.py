@@ -53,8 +53,9 @@ class WeightsResult:
         rank: rank that reports.
         number: number of the command.
         error: why the weights are refused; "" after success.
-        shape: of CHECK: digest of settings, names, shapes, and of a sample of each tensor; equal on
-            all ranks that read the same files.
+        shape: of CHECK: digest of settings, names, dtypes and shapes.
+        sample: of CHECK: digest of bytes of each tensor; with `shape`, equal on all ranks that read
+            the same files.
         hashes: of CHECK: digests of whole tensors by place in the sorted names; each tensor is on
             one rank.
         weights_bytes: bytes of weights on the device after the command.
@@ -65,6 +66,7 @@ class WeightsResult:
     number: int
     error: str = ""
     shape: str = ""
+    sample: str = ""
     hashes: dict[int, bytes] | None = None
     weights_bytes: int = 0
     kv_bytes: int = 0

@@ -98,14 +98,18 @@ class WeightChecker:
         hashes = tensor_hashes(checkpoint, self._part.rank, self._num_ranks)
         checkpoint.release_pages()
         self._read_cut(checkpoint)
-        shape = f"{shape_digest(checkpoint)} {checkpoint.digest}"
+        sample = checkpoint.digest
         if signature(checkpoint) != before:
             raise CheckpointError(
                 f"{command.sources[-1]}: files changed while they were read; push again"
             )
         self._checked[command.sources] = before
         return WeightsResult(
-            rank=self._part.rank, number=command.number, shape=shape, hashes=hashes
+            rank=self._part.rank,
+            number=command.number,
+            shape=shape_digest(checkpoint),
+            sample=sample,
+            hashes=hashes,
         )
 
     def _read_cut(self, checkpoint: Checkpoint) -> None:
