@@ -31,6 +31,7 @@ from arriero.cluster.commands import (
     remote_admin,
     talk,
     top,
+    weights,
 )
 from arriero.shards.errors import (
     ArrieroError,
@@ -73,6 +74,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin_tokens.app, name="admin-token")
 app.add_typer(adapters.app, name="adapters")
+weights.add_to(app)
 app.add_typer(kv.app, name="kv")
 app.add_typer(batch.app, name="batch")
 app.add_typer(bench.app, name="bench")

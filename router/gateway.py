@@ -32,6 +32,7 @@ from arriero.router.guards.guards import Guards
 from arriero.router.http.app import create_app, create_local_app
 from arriero.router.http.batches_api.local_calls import LocalCalls
 from arriero.router.http.console.routes import ReadCluster
+from arriero.router.http.development import Develop
 from arriero.router.http.lora_adapters import ChangeAdapter
 from arriero.router.http.responses_api.store import Archive, ResponseStore
 from arriero.router.http.resumable_answers import ResumableAnswers
@@ -71,6 +72,7 @@ class Gateway:
         archive: keeps the responses of `/v1/responses` and what resumable streams need, for all
             gateways; None keeps each gateway's in its own memory.
         change_adapter: changes the adapters of the deployment; None refuses changes.
+        develop: changes pauses and weights of the deployment; None refuses changes.
         read_cluster: reads the state of the cluster for the console; None refuses reads.
 
     Raises:
@@ -88,10 +90,11 @@ class Gateway:
         tracing: Tracing | None = None,
         archive: Archive | None = None,
         change_adapter: ChangeAdapter | None = None,
+        develop: Develop | None = None,
         read_cluster: ReadCluster | None = None,
     ) -> None:
-        self._config = config
-        self._change_adapter, self._read_cluster = change_adapter, read_cluster
+        self._config, self._change_adapter, self._develop = config, change_adapter, develop
+        self._read_cluster = read_cluster
         self._responses = ResponseStore(archive)
         self._on_change = on_change
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
@@ -214,6 +217,7 @@ class Gateway:
             hosted_tools=self._config.hosted_tools,
             spool=self._spool,
             change_adapter=self._change_adapter,
+            develop=self._develop,
             guards=self._guards,
             console=self._config.console,
             read_cluster=self._read_cluster,

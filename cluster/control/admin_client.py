@@ -154,6 +154,14 @@ class AdminClient:
         """List, add or remove adapters."""
         return self._call_long(self._stub.Adapters, request)
 
+    def weights(self, request: pb.WeightsRequest) -> pb.WeightsResponse:
+        """Push weights, take pushed weights back, or tell which weights serve."""
+        return self._call_long(self._stub.Weights, request)
+
+    def hold(self, request: pb.HoldRequest) -> pb.WeightsResponse:
+        """Pause, resume, put to sleep or wake groups."""
+        return self._call_long(self._stub.Hold, request)
+
     def _call_long(self, method: Callable[..., R], request: object) -> R:
         """A call that may take long; first checks that Admin answers at all."""
         self.events(1)

@@ -73,6 +73,8 @@ NEEDED: Mapping[str, Role] = {
     "DrainNode": Role.OPERATE,
     "GetSpec": Role.VIEW,
     "Adapters": Role.OPERATE,
+    "Weights": Role.OPERATE,
+    "Hold": Role.OPERATE,
     "Keys": Role.OWN,
     "Tokens": Role.OWN,
     "RotateToken": Role.OWN,
@@ -81,6 +83,7 @@ NEEDED: Mapping[str, Role] = {
 NEEDED_BY_ACTION: Mapping[tuple[str, str], Role] = {
     ("Kv", "stats"): Role.VIEW,
     ("Adapters", "list"): Role.VIEW,
+    ("Weights", "status"): Role.VIEW,
 }
 """The role that an RPC needs for one value of its field `action`."""
 

@@ -37,6 +37,7 @@ from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.kv_admin_client import ask_all, check_kv
 from arriero.cluster.control.reconcile import Phase, settled
 from arriero.cluster.control.state_store import StateStore
+from arriero.cluster.control.weight_admin import WeightAdmin
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry.history import Failure
@@ -80,6 +81,7 @@ class AdminServer:
         changes: makes the changes.
         registry: of the cluster.
         adapters: changes the adapters that come and go.
+        weights: changes the weights, pauses and sleep of groups.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class AdminServer:
         changes: DeploymentChanges,
         registry: ActorHandle[Registry],
         adapters: AdapterAdmin,
+        weights: WeightAdmin,
     ) -> None:
         self._store, self._view, self._changes = store, view, changes
-        self._registry, self._adapters = registry, adapters
+        self._registry, self._adapters, self._weights = registry, adapters, weights
         self._server: grpc.aio.Server | None = None
 
     async def start(
@@ -132,6 +135,8 @@ class AdminServer:
             "DrainNode": self._method(pb.DrainNodeRequest, more.drain_node),
             "GetSpec": self._method(pb.GetSpecRequest, more.get_spec),
             "Adapters": self._method(pb.AdaptersRequest, self._adapters.adapters),
+            "Weights": self._method(pb.WeightsRequest, self._weights.weights),
+            "Hold": self._method(pb.HoldRequest, self._weights.hold),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()

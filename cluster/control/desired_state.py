@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arriero.cluster.replica.adapter_actions import WantedAdapter
+from arriero.cluster.replica.weight_actions import WantedWeights
 from arriero.cluster.spec.model import COUNTS
 from arriero.shards.errors import NotFound
 
@@ -86,6 +87,7 @@ class ModelState:
         last_number: largest number of a revision that was ever current.
         adapters: adapters that came while groups served, by name.
         adapter_version: version of the adapter that came last.
+        weights: weights that were pushed; None for those of the spec.
     """
 
     count: int
@@ -97,6 +99,7 @@ class ModelState:
     last_number: int = 0
     adapters: dict[str, WantedAdapter] = field(default_factory=dict)
     adapter_version: int = 0
+    weights: WantedWeights | None = None
 
     @property
     def current(self) -> Revision:

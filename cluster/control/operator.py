@@ -26,6 +26,7 @@ from arriero.cluster.control.console_calls import ConsoleCalls
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.desired_state import ModelState, Revision, SeatState
 from arriero.cluster.control.group_counts import GroupCounts
+from arriero.cluster.control.hold_calls import HoldCalls
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import (
     Phase,
@@ -38,6 +39,7 @@ from arriero.cluster.control.reconcile import (
 )
 from arriero.cluster.control.role_assigner import RoleAssigner
 from arriero.cluster.control.state_store import NAME, StateStore
+from arriero.cluster.control.weight_admin import WeightAdmin
 from arriero.cluster.control.weights_digest import weights_digest
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.log_level import set_log_level
@@ -70,6 +72,7 @@ class Operator:
         self._counts = GroupCounts()
         self._roles = RoleAssigner()
         self._adapters = AdapterAdmin(self._store, self._registry)
+        self._weights = WeightAdmin(self._store, self._registry)
         self._view = DeploymentView(self._store, self._applications, self._placements)
         self._changes = DeploymentChanges(
             self._store,
@@ -87,7 +90,12 @@ class Operator:
         from arriero.cluster.control.admin_server import AdminServer
 
         self._admin = AdminServer(
-            self._store, self._view, self._changes, self._registry, self._adapters
+            self._store,
+            self._view,
+            self._changes,
+            self._registry,
+            self._adapters,
+            self._weights,
         )
         admin = self._store.spec.admin
         tls = None if admin.tls is None else admin.tls.files()
@@ -98,6 +106,7 @@ class Operator:
             max_bytes=log_spec.max_bytes,
             keep=log_spec.keep,
         )
+        self._hold_calls = HoldCalls(self._store, self._weights, self._registry, audit)
         self._adapter_calls = AdapterCalls(self._store.admin_tokens, self._adapters, audit)
         self._console_calls = ConsoleCalls(self._store.admin_tokens, self._admin, audit)
         try:  # after a restart the port must stay: the command line has stored it
@@ -121,6 +130,11 @@ class Operator:
     async def read_cluster(self, authorization: str) -> tuple[str, str]:
         """The state of the cluster for the console of a gateway; see `ConsoleCalls.read`."""
         return await self._console_calls.read(authorization)
+    async def develop(
+        self, authorization: str, action: str, fields: dict[str, str | int]
+    ) -> tuple[str, Any]:
+        """Change or read pauses and weights for a caller of a gateway; see `HoldCalls.call`."""
+        return await self._hold_calls.call(authorization, action, fields)
 
     async def deploy(self) -> None:
         """Deploy the gateways, and let the loop start the groups.
@@ -165,6 +179,7 @@ class Operator:
         await self._autoscale(snapshot)
         await self._assign_roles(snapshot)
         self._adapters.assign(snapshot)
+        self._weights.assign(snapshot)
         self._view.observe(snapshot)
         await self._changes.judge_rollouts(self._view, snapshot)
         desired_models = self._view.desired_models()

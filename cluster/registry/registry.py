@@ -31,7 +31,7 @@ from arriero.cluster.spec.live_settings import LiveSettings
 
 NAME = "registry"
 NAMESPACE = "arriero"
-STORED = ("epochs", "fenced", "history", "ledger", "live", "spares")
+STORED = ("epochs", "fenced", "history", "ledger", "live", "spares", "weights")
 """Names of the values that the registry keeps in Ray's key-value store."""
 _POLL_S = 4.0
 _STAND_IN_S = 30.0

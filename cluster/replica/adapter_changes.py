@@ -1,9 +1,12 @@
-"""A gateway's changes of adapters: passed on to the operator, which checks the admin token.
+"""A gateway's changes of adapters, pauses and weights: passed on to the operator, which checks the admin token.
 
-Knows the operator's method; knows nothing of tokens and roles.
+Knows the operator's methods; knows nothing of tokens and roles.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import ray
 
@@ -48,3 +51,25 @@ async def change_adapter(
     if kind in _ERRORS:
         raise _ERRORS[kind](text)
     raise InvalidRequest("lora_name" if action == "remove" else "lora_path", text)
+
+
+async def develop(
+    authorization: str, action: str, fields: Mapping[str, str | int]
+) -> dict[str, Any]:
+    """Change or read pauses and weights; see `router.http.development.Develop`.
+
+    Raises:
+        Unauthenticated, PermissionDenied: no admin token, or one of a role that is too low.
+        InvalidRequest, NotFound: as in `WeightAdmin`.
+        Unavailable: the operator does not answer.
+    """
+    try:
+        operator = ray.get_actor(OPERATOR, NAMESPACE)
+        kind, answer = await operator.develop.remote(authorization, action, dict(fields))
+    except (ray.exceptions.RayError, ValueError):
+        raise Unavailable("the operator does not answer; try again") from None
+    if not kind:
+        return dict(answer)
+    if kind in _ERRORS:
+        raise _ERRORS[kind](answer)
+    raise InvalidRequest("path" if action == "push" else "model", answer)

@@ -26,7 +26,7 @@ from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
-from arriero.cluster.replica.adapter_changes import change_adapter
+from arriero.cluster.replica.adapter_changes import change_adapter, develop
 from arriero.cluster.replica.console_reads import read_cluster
 from arriero.cluster.replica.response_archive import RemoteArchive
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
@@ -90,6 +90,7 @@ class GatewayReplica:
                 on_change=self._on_change,
                 archive=RemoteArchive() if http is not None else None,
                 change_adapter=change_adapter,
+                develop=develop,
                 read_cluster=read_cluster,
             )
             port = await self._gateway.start()

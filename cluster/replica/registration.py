@@ -132,6 +132,11 @@ class Registration:
         version: int | None = await self.registry.register.remote(entry, lease_s)
         return version
 
+    def set_digest(self, digest: str) -> None:
+        """Register another digest of weights and numerics, with the next renewal."""
+        if self.entry is not None:
+            self.entry = replace(self.entry, digest=digest)
+
     async def live(self) -> LiveSettings | None:
         """The settings that `reload` changed since the deployment, or None."""
         live: LiveSettings | None = await self.registry.live.remote()

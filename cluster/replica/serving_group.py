@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from arriero.cluster.hosts.nodes import node_address
@@ -25,6 +26,7 @@ from arriero.shards.protocol.failure import KEEP_LINES, Evidence, FirstCause
 
 if TYPE_CHECKING:
     from arriero.cluster.replica.canary import Canary
+    from arriero.cluster.replica.weight_actions import WantedWeights
     from arriero.router.directory.journal import Journal
     from arriero.router.link.server import LinkServer
     from arriero.router.observability.tracing import Tracing
@@ -70,6 +72,7 @@ class ServingGroup:
         self._canary: Canary | None = None
         self._link: LinkServer | None = None
         self._tracing: Tracing | None = None
+        self._digest = ""
         self._ending = False
 
     async def start(self) -> tuple[str, str]:
@@ -89,8 +92,14 @@ class ServingGroup:
         path = self._settings.config.model_path
         folder = await asyncio.to_thread(local_folder, path, weights=False)
         model, scheme = describe(folder)
+        pushed = await asyncio.to_thread(_pushed_weights, self._settings)
+        if pushed is not None:
+            pushed_config = replace(self._settings.config, weights=pushed.sources)
+            self._settings = replace(self._settings, config=pushed_config)
         config = await self._load(model, scheme, started_s)
-        digest = await self._slices.actors[0].digest.remote(path)
+        sources = None if pushed is None else pushed.sources
+        digest = await self._slices.actors[0].digest.remote(path, sources)
+        self._digest = digest
         limits = engine_config(config, model, digest)
         card = group_card(
             folder,
@@ -102,7 +111,7 @@ class ServingGroup:
             digest=digest,
         )
         journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_dp_ranks)
-        await self._start_engine(limits, journal)
+        await self._start_engine(limits, journal, partial(self._on_weights, config))
         reader = await asyncio.to_thread(_adapter_reader, config, model)
         return await self._open_link(card, journal, reader), card.compat_key
 
@@ -139,7 +148,20 @@ class ServingGroup:
         await asyncio.to_thread(executor.wait_ready, left_s, self._registration.report_loading)
         return config
 
-    async def _start_engine(self, limits: EngineConfig, journal: Journal) -> None:
+    def _on_weights(self, config: GroupConfig, digest: str) -> bytes:
+        """Tell gateways of pushed weights; in the engine's thread. See `OnWeights`."""
+        from arriero.shards.kv.blocks import model_root
+        from arriero.shards.layout.resolve import cache_salt
+
+        salt = cache_salt(config, digest)
+        if self._link is not None:
+            self._link.set_weights(digest, model_root(salt) if config.prefix_cache else b"")
+        self._registration.set_digest(f"{digest} {self._settings.numerics}")
+        return salt
+
+    async def _start_engine(
+        self, limits: EngineConfig, journal: Journal, on_weights: Callable[[str], bytes]
+    ) -> None:
         """Start the engine, and generate a token."""
         from arriero.cluster.replica.canary import Canary
         from arriero.shards.engine.engine import Engine
@@ -157,6 +179,7 @@ class ServingGroup:
         engine = self._engine = Engine(
             limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
         )
+        engine.name_weights(self._digest, self._settings.config.weights, on_weights)
         canary = self._canary = Canary(engine)
         engine.start()
         self._registration.report("first token")
@@ -166,9 +189,10 @@ class ServingGroup:
         self, card: ModelCard, journal: Journal, reader: AdapterReader | None
     ) -> str:
         """Open the link; returns its address."""
-        from arriero.cluster.replica import adapter_actions
+        from arriero.cluster.replica import adapter_actions, weight_actions
         from arriero.cluster.replica.adapter_admin import AdapterAdminHandler
         from arriero.cluster.replica.kv_admin import KvAdminHandler
+        from arriero.cluster.replica.weight_admin import WeightAdminHandler
         from arriero.router.link.leader_rpc import PeerGroups
         from arriero.router.link.server import LinkServer
         from arriero.router.observability.tracing import Tracing
@@ -179,10 +203,13 @@ class ServingGroup:
             "arriero-leader", None if tracing is None else tracing.config()
         )
         kv = KvAdminHandler(self._engine, self._canary, card)
+        weights = WeightAdminHandler(self._engine, self._settings.config.speculation)
 
         async def answer(action: str, arguments: memoryview) -> object:
             if action == adapter_actions.ACTION:
                 return await adapters.answer(arguments)
+            if action == weight_actions.ACTION:
+                return await weights.answer(arguments)
             return await kv.answer(action, arguments)
 
         link = self._link = LinkServer(
@@ -217,7 +244,7 @@ class ServingGroup:
         while not self._ending:
             steps = self.stats().steps
             await asyncio.sleep(self._settings.canary_s)
-            if self.stats().steps == steps and not self._ending:
+            if self.stats().steps == steps and not self._ending and not self.stats().holding:
                 limit_s = self._settings.limits.step_s
                 try:
                     async with asyncio.timeout(limit_s):
@@ -273,6 +300,15 @@ class ServingGroup:
         await self._slices.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+def _pushed_weights(settings: GroupSettings) -> WantedWeights | None:
+    """The pushed weights of the model folder; None without."""
+    from arriero.cluster.hosts import kv_store
+    from arriero.cluster.replica.weight_actions import STORED, WantedWeights
+
+    wanted = (kv_store.get(STORED, dict[str, WantedWeights]) or {}).get(settings.model)
+    return wanted if wanted is not None and wanted.path == settings.config.model_path else None
 
 
 def _adapter_reader(config: GroupConfig, model: AnyModel) -> AdapterReader | None:

@@ -60,11 +60,20 @@ class SliceActor:
         """Log messages of this level and above; also while the slice serves."""
         set_log_level(level, log_format)
 
-    def digest(self, path: str) -> str:
-        """The digest of a checkpoint; computed here, since leaders do not import torch."""
+    def digest(self, path: str, sources: tuple[str, ...] | None = None) -> str:
+        """The digest of a checkpoint; computed here, since leaders do not import torch.
+
+        Args:
+            path: model folder.
+            sources: of pushed weights, which are named by all their bytes; None for none.
+        """
+        from arriero.shards.checkpoint.content_digest import content_digest
+        from arriero.shards.checkpoint.overlay import open_weights
         from arriero.shards.checkpoint.reader import Checkpoint
 
-        return Checkpoint.open(path).digest
+        if sources is None:
+            return Checkpoint.open(path).digest
+        return content_digest(open_weights(path, sources))
 
     def warm(self, path: str) -> int:
         """Load code, and read a checkpoint into the page cache; returns the number of bytes."""

@@ -27,6 +27,7 @@ from arriero.router.http.completion_calls import (
 )
 from arriero.router.http.console.routes import ReadCluster, add_console
 from arriero.router.http.console.static_files import paths as console_paths
+from arriero.router.http.development import Develop, add_development
 from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.http.lora_adapters import ChangeAdapter, add_adapters
 from arriero.router.http.messages_api.routes import add_messages
@@ -106,6 +107,7 @@ def create_app(
     hosted_tools: HostedTools = "ignore",
     spool: Spool | None = None,
     change_adapter: ChangeAdapter | None = None,
+    develop: Develop | None = None,
     guards: Guards | None = None,
     console: bool = False,
     read_cluster: ReadCluster | None = None,
@@ -124,6 +126,7 @@ def create_app(
         hosted_tools: what happens to requests with tools that a server would run.
         spool: keeps files and batches; None leaves `/v1/files` and `/v1/batches` out.
         change_adapter: changes the adapters of the deployment; None refuses changes.
+        develop: changes pauses and weights of the deployment; None refuses changes.
         guards: answers `/v1/moderations`; None for guards without a default.
         console: serve the page `/console`.
         read_cluster: reads the state of the cluster for the console; None refuses reads.
@@ -173,6 +176,7 @@ def create_app(
     add_moderations(app, guards or Guards(inference))
     cache_hints.add_release(app, inference)
     add_adapters(app, change_adapter)
+    add_development(app, develop)
     _add_tokens(app, inference)
     _add_observability(app, inference)
     if console:

@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from arriero.router.http import errors, lora_adapters, request_body
+from arriero.router.http import development, errors, lora_adapters, request_body
 from arriero.router.http.console import routes as console
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
 """Paths that need no key; `/health` tells callers without a key only whether all is well."""
-_WITH_ADMIN_TOKEN = lora_adapters.PATHS | {console.CLUSTER}
+_WITH_ADMIN_TOKEN = lora_adapters.PATHS | development.PATHS | {console.CLUSTER}
 """Paths for the holders of admin tokens."""
 _SLASHES = re.compile("/{2,}")
 

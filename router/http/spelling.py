@@ -36,9 +36,7 @@ def spell_id(token: int) -> str:
     return f"token_id:{token}"
 
 
-def logprob_json(
-    vocabulary: Vocabulary, row: pb.PositionLogprobs, *, as_ids: bool = False
-) -> Json:
+def logprob_json(vocabulary: Vocabulary, row: pb.PositionLogprobs, *, as_ids: bool = False) -> Json:
     """The log-probabilities of a position in the JSON of the OpenAI APIs.
 
     Args:

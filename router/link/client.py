@@ -308,7 +308,7 @@ class LinkClient:
         was, before = self.connected, self._stats
         self._stats, engine = stats, stats.engine
         is_idle = not (engine.num_running or engine.num_waiting)
-        if is_idle or before is _NO_STATS or engine.steps != before.engine.steps:
+        if is_idle or engine.holding or before is _NO_STATS or engine.steps != before.engine.steps:
             self._progress_s = time.monotonic()
         if was != self.connected and self._on_change is not None:
             self._on_change()

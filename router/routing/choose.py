@@ -28,7 +28,7 @@ the group that they left, or have them computed once more."""
 
 
 def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> list[GroupView]:
-    """Groups that can hold the request, soonest first token first.
+    """Groups that can hold the request, soonest first token first; groups that hold requests last.
 
     Ties go to the group with the fewest sequences, then to the smallest id, so that every gateway
     makes the same choice.
@@ -42,6 +42,7 @@ def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> l
     return sorted(
         able,
         key=lambda group: (
+            group.stats.holding,
             first_token_work(group, num_prompt) + leaving_work(able, group, num_prompt),
             group.load.num_waiting + group.load.num_running,
             group.group_id,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
+from arriero.shards.checkpoint.sources import is_whole
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 
@@ -36,16 +37,11 @@ def open_weights(model_path: str, sources: Sequence[str]) -> Checkpoint:
         path = Path(source)
         if not path.is_absolute():
             raise CheckpointError(f"{source[:300]!r} is no absolute path; give one on every node")
-        if (path / "config.json").is_file():
+        if is_whole(source):
             stored = dict(_whole(path, base).stored)
         else:
             stored.update(_some(path))
     return Checkpoint(base.path, base.config, stored, base.scheme, base.ranged)
-
-
-def is_whole(source: str) -> bool:
-    """Whether a source is a whole checkpoint, which makes the sources before it needless."""
-    return (Path(source) / "config.json").is_file()
 
 
 def signature(folder: TensorFolder) -> Signature:

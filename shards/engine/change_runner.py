@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
-from arriero.shards.engine.holds import Change, Holds, HoldStatus
+from arriero.shards.engine.holds import Change, Gate, Holds, HoldStatus
 from arriero.shards.engine.types import Executor, SequenceOutput
 from arriero.shards.errors import CheckpointError
 
@@ -52,6 +52,11 @@ class ChangeRunner:
     def busy(self) -> bool:
         """Whether a change is running."""
         return self._holds.busy
+
+    @property
+    def holding(self) -> bool:
+        """Whether new requests are held."""
+        return self._holds.gate is not Gate.OPEN
 
     @property
     def pending(self) -> bool:

@@ -301,7 +301,7 @@ class DataParallelScheduler:
         each = [scheduler.stats for scheduler in self._schedulers]
         if len(each) == 1:
             return each[0]
-        own = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
+        own = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "holding")
         apart = (*own, "tiers", "speculation", "adapters")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(stats, name) for stats in each) for name in names}

@@ -223,7 +223,12 @@ class Engine:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""
         stats = self._scheduler.stats
         waiting = stats.num_waiting + len(self._arrived) + self._scheduler.num_held
-        stats = replace(stats, num_waiting=waiting, step_us=self._means.snapshot())
+        stats = replace(
+            stats,
+            num_waiting=waiting,
+            step_us=self._means.snapshot(),
+            holding=self._changes.holding,
+        )
         if self._balance is None:
             return stats
         return replace(

@@ -47,6 +47,7 @@ class Kind(StrEnum):
     RESUME = "resume"
     SLEEP = "sleep"
     WAKE = "wake"
+    CHECK = "check"
     PUSH = "push"
 
 
@@ -59,7 +60,7 @@ class Change:
         mode: of pause and sleep: what happens to requests that have started: "keep" (they stop and
             go on later), "wait" (they end first) or "abort" (they end with an error).
         level: of sleep: 1 keeps the files of the weights in the host's page cache; 2 does not.
-        sources: of push: what replaces tensors of the model folder.
+        sources: of check and push: what replaces tensors of the model folder.
     """
 
     kind: Kind
@@ -114,6 +115,7 @@ class HoldStatus:
         change: kind and phase of the running change, such as "push: drain"; "" for none.
         sources: what replaces tensors of the model folder.
         digest: digest of the weights.
+        checked: digest of the weights that were checked last; "" for none.
         held: requests that wait for the end of a pause, a sleep or a change.
         weights_bytes, kv_bytes: bytes on the devices of all slices, as last reported; -1 before the
             first sleep or push.
@@ -124,6 +126,7 @@ class HoldStatus:
     change: str = ""
     sources: tuple[str, ...] = ()
     digest: str = ""
+    checked: str = ""
     held: int = 0
     weights_bytes: int = -1
     kv_bytes: int = -1
@@ -163,6 +166,7 @@ class Holds:
         self._running: _Running | None = None
         self._commands = 0
         self._bytes = (-1, -1)
+        self._checked: tuple[tuple[str, ...], str] = ((), "")
 
     @property
     def gate(self) -> Gate:
@@ -196,6 +200,7 @@ class Holds:
             change="" if running is None else f"{running.change.kind}: {running.phase}",
             sources=self._sources,
             digest=self._digest,
+            checked=self._checked[1],
             held=held,
             weights_bytes=self._bytes[0],
             kv_bytes=self._bytes[1],
@@ -218,9 +223,14 @@ class Holds:
                 return True
             self._running = _Running(change, _Phase.SLICES)
             return False
+        if change.kind is Kind.CHECK:
+            self._running = _Running(change, _Phase.CHECK)
+            return False
         if change.kind is Kind.PUSH:
             self._refuse_frozen(activity)
             self._running = _Running(change, _Phase.CHECK)
+            if self._checked[1] and self._checked[0] == change.sources:
+                self._running.digest = self._checked[1]
             return False
         if change.kind is Kind.SLEEP and self._level:
             if change.level > self._level:
@@ -273,6 +283,8 @@ class Holds:
 
     def _with_slices(self, running: _Running) -> Step | None:
         change = running.change
+        if running.phase is _Phase.CHECK and running.digest:  # checked by a change before
+            return self._after_check(running)
         if not running.sent:
             running.sent = True
             self._commands += 1
@@ -311,6 +323,18 @@ class Holds:
         if errors:
             self._running = None
             return Step(done=True, error=errors[0])
+        self._checked = running.change.sources, running.digest
+        if running.change.kind is Kind.CHECK:
+            self._running = None
+            return Step(done=True)
+        return self._after_check(running)
+
+    def _after_check(self, running: _Running) -> Step:
+        """The pushed weights are good: end the old weights' requests, or nothing is to do."""
+        self._checked = ((), "")
+        if running.digest == self._digest:
+            self._sources, self._running = running.change.sources, None
+            return Step(done=True)
         if self._level:  # nothing is loaded: the wake loads the new weights
             self._sources, self._digest = running.change.sources, running.digest
             self._running = None

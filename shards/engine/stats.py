@@ -100,7 +100,8 @@ class EngineStats:
     `expert_imbalance` is the largest rank load over the mean, 1 being even; `expert_moves` is the
     number of changed placements. All three need expert parallelism. `tiers` has blocks by tier
     below the device, and transfers since the start; empty without tiers. `speculation` counts
-    drafts. `adapters` has the adapters in slots.
+    drafts. `adapters` has the adapters in slots. `holding`: new requests wait for the end of a
+    pause, a sleep or a change of weights.
     """
 
     num_waiting: int = 0
@@ -122,3 +123,4 @@ class EngineStats:
     tiers: dict[str, int] = field(default_factory=dict)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     adapters: AdapterStats = AdapterStats()
+    holding: bool = False

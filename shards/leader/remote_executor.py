@@ -1,23 +1,19 @@
 """Executor of a group whose slices run in processes of their own.
 
-`RemoteExecutor` sends plans to the slices, wherever they run; `spawn_group` starts the slices on
-this machine. (A group of a single slice needs neither: see `local_executor`.) Knows sockets and
+`RemoteExecutor` sends plans to the slices, wherever they run; `spawned_group` starts slices on this
+machine. (A group of a single slice needs neither: see `local_executor`.) Knows sockets and
 messages; knows nothing of how a plan is made or run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -30,7 +26,6 @@ from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.loading import Loading, LoadProgress
 from arriero.shards.leader.monitor import Monitor
-from arriero.shards.leader.visible_gpus import device_of
 from arriero.shards.protocol import wire
 from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
@@ -44,7 +39,6 @@ from arriero.shards.protocol.messages import (
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport, secured
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.protocol.weights import WeightsAction, WeightsCommand, WeightsResult
-from arriero.shards.worker.loop import run_slice
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
@@ -356,57 +350,3 @@ class RemoteExecutor:
                 self._failure = CheckpointError(failure.error.removeprefix("CheckpointError: "))
             self._monitor.report_error(rank, failure)
             raise self._failure or GroupFailed(failure.error)
-
-
-def spawn_group(
-    config: GroupConfig, context: SpawnContext | ForkServerContext | None = None
-) -> RemoteExecutor:
-    """Start a group's slices as child processes; `close` stops the processes.
-
-    Args:
-        config: resolved config of the group.
-        context: how processes start; None: `spawn`, which inherits nothing.
-
-    Raises:
-        GroupFailed: fewer GPUs are visible than slices are needed.
-    """
-    if config.device == "cuda":
-        for rank in range(config.world_size):
-            device_of(rank)  # a missing GPU is reported before any start
-    executor = RemoteExecutor(config)
-    context = context or multiprocessing.get_context("spawn")
-    children: list[BaseProcess] = [
-        context.Process(target=_run_child, args=(rank, executor.endpoint), name=f"slice-{rank}")
-        for rank in range(config.world_size)
-    ]
-    for child in children:
-        child.start()
-
-    def find_lost() -> Evidence | None:
-        for rank, child in enumerate(children):
-            if child.exitcode is not None:
-                summary = f"slice {rank} (pid {child.pid}) ended with exit code {child.exitcode}"
-                return Evidence(kind=Kind.CRASH, summary=summary, rank=rank, pid=child.pid or 0)
-        return None
-
-    def stop_slices() -> None:
-        for child in children:
-            child.join(5)
-            if child.exitcode is None:
-                child.kill()
-                child.join()
-
-    executor.supervise(find_lost, stop_slices)
-    return executor
-
-
-def _run_child(rank: int, endpoint: LeaderEndpoint) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", str(endpoint.config.threads or 1))
-    if endpoint.config.device == "cuda":  # a GPU for each rank: NCCL refuses two ranks on one GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)
-    leader = multiprocessing.parent_process()
-    assert leader is not None, "a slice is a child process"
-    try:
-        run_slice(rank, endpoint, leader_alive=leader.is_alive)
-    except Exception:
-        raise SystemExit(1) from None  # the leader has the cause

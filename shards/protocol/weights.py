@@ -10,9 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-MOST_SOURCES = 32
-"""Most folders or files whose tensors replace those of the model folder."""
-
 
 class WeightsAction(StrEnum):
     """What a slice does with weights.

@@ -39,7 +39,7 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.kv.blocks import model_root
 from arriero.shards.kv.host_id import host_name
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.leader.remote_executor import spawn_group
+from arriero.shards.leader.spawned_group import spawn_group
 
 from traces import Request, Shape, trace  # isort: skip
 

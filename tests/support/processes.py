@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.leader import remote_executor
+from arriero.shards.leader import spawned_group
 from arriero.shards.leader.remote_executor import RemoteExecutor
 
 PRELOAD = (
@@ -67,5 +67,5 @@ context.set_forkserver_preload(list(PRELOAD))
 
 
 def spawn_group(config: GroupConfig) -> RemoteExecutor:
-    """`remote_executor.spawn_group`, with slices forked from the server."""
-    return remote_executor.spawn_group(config, context)
+    """`spawned_group.spawn_group`, with slices forked from the server."""
+    return spawned_group.spawn_group(config, context)

@@ -84,7 +84,7 @@ def simulated_slices(reports: Path | None = None) -> Iterator[None]:
         reports: folder for a file RANK.json of each rank, written when the rank ends: what its
             device counted since it was ready to serve (see `Ledger`).
     """
-    from arriero.shards.leader import remote_executor as executor
+    from arriero.shards.leader import spawned_group as executor
 
     with mock.patch.object(executor, "_run_child", partial(child, reports=reports)):
         yield
@@ -98,7 +98,7 @@ def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # no
     from support.fake_cuda.runtime import simulated
 
     with simulated() as ledger:
-        from arriero.shards.leader import remote_executor as executor
+        from arriero.shards.leader import spawned_group as executor
         from arriero.shards.worker.cuda.runner import CudaRunner
 
         warm_up = CudaRunner.warm_up

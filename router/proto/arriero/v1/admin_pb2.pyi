@@ -1372,3 +1372,202 @@ class AdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdaptersResponse: _TypeAlias = AdaptersResponse  # noqa: Y015
+
+@_typing.final
+class WeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    action: _builtins.str
+    """"push", "reset" (back to the spec's folder) or "status"."""
+    model: _builtins.str
+    """The model; empty where only one model is deployed, and for status for all."""
+    path: _builtins.str
+    """For push: a checkpoint folder, or a folder or file with some tensors; absolute, on every node."""
+    def __init__(
+        self,
+        *,
+        action: _builtins.str = ...,
+        model: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "model", b"model", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsRequest: _TypeAlias = WeightsRequest  # noqa: Y015
+
+@_typing.final
+class HoldRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    action: _builtins.str
+    """"pause", "resume", "sleep" or "wake"."""
+    name: _builtins.str
+    """A group, a seat or a model; empty for all groups."""
+    mode: _builtins.str
+    """For pause and sleep, for requests that run: "keep" (they go on later), "wait" (they end first)
+    or "abort" (they end with an error). Empty for keep.
+    """
+    level: _builtins.int
+    """For sleep: 1 (default) leaves the files of the weights in the host's page cache, 2 does not."""
+    def __init__(
+        self,
+        *,
+        action: _builtins.str = ...,
+        name: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        level: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "level", b"level", "mode", b"mode", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class GroupWeights(_message.Message):
+    """Weights and pauses of a group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    SLEEP_LEVEL_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    NUM_SLICES_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    model: _builtins.str
+    digest: _builtins.str
+    """Digest of the weights that serve."""
+    paused: _builtins.bool
+    sleep_level: _builtins.int
+    """0 for a group that is awake."""
+    change: _builtins.str
+    """Kind and phase of the running change: "push: drain"; empty for none."""
+    held: _builtins.int
+    """Requests that wait for the end of a pause, a sleep or a change."""
+    weights_bytes: _builtins.int
+    """Bytes on the devices of all slices; -1 before the first sleep or push."""
+    kv_bytes: _builtins.int
+    error: _builtins.str
+    """Why the last change failed in this group."""
+    num_slices: _builtins.int
+    """Slices of the group."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What replaces tensors of the model folder, in order."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        model: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        paused: _builtins.bool = ...,
+        sleep_level: _builtins.int = ...,
+        change: _builtins.str = ...,
+        held: _builtins.int = ...,
+        weights_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        error: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+        num_slices: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "digest", b"digest", "error", b"error", "group", b"group", "held", b"held", "kv_bytes", b"kv_bytes", "model", b"model", "notes", b"notes", "num_slices", b"num_slices", "paused", b"paused", "sleep_level", b"sleep_level", "sources", b"sources", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupWeights: _TypeAlias = GroupWeights  # noqa: Y015
+
+@_typing.final
+class ModelWeights(_message.Message):
+    """Pushed weights of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    version: _builtins.int
+    """Counts the pushes; 0 without."""
+    settled: _builtins.bool
+    """The pushed weights serve in every group."""
+    phase: _builtins.str
+    """"checking", "applying" or empty."""
+    error: _builtins.str
+    """Why the last push was refused; then nothing has changed."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        settled: _builtins.bool = ...,
+        phase: _builtins.str = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "model", b"model", "phase", b"phase", "settled", b"settled", "sources", b"sources", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelWeights: _TypeAlias = ModelWeights  # noqa: Y015
+
+@_typing.final
+class WeightsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The change, as text for people."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupWeights]: ...
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelWeights]: ...
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___GroupWeights] | None = ...,
+        models: _abc.Iterable[Global___ModelWeights] | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "models", b"models", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsResponse: _TypeAlias = WeightsResponse  # noqa: Y015

@@ -119,6 +119,16 @@ class AdminStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.FromString,
                 _registered_method=True)
+        self.Weights = channel.unary_unary(
+                '/arriero.v1.Admin/Weights',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.FromString,
+                _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/arriero.v1.Admin/Hold',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.HoldRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -244,6 +254,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Weights(self, request, context):
+        """Replace the weights of a model while its groups serve, or tell which weights serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """Pause or resume groups, or let them give the memory of weights and KV caches back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -331,6 +355,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Adapters,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.SerializeToString,
+            ),
+            'Weights': grpc.unary_unary_rpc_method_handler(
+                    servicer.Weights,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.HoldRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -792,6 +826,60 @@ class Admin:
             '/arriero.v1.Admin/Adapters',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Weights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Weights',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Hold',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.HoldRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.WeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

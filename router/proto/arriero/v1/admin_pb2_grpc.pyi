@@ -75,6 +75,10 @@ class AdminStub:
     """The spec as the deployment follows it now."""
     Adapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdaptersRequest, _admin_pb2.AdaptersResponse]
     """List, add or remove LoRA adapters while groups serve."""
+    Weights: _grpc.UnaryUnaryMultiCallable[_admin_pb2.WeightsRequest, _admin_pb2.WeightsResponse]
+    """Replace the weights of a model while its groups serve, or tell which weights serve."""
+    Hold: _grpc.UnaryUnaryMultiCallable[_admin_pb2.HoldRequest, _admin_pb2.WeightsResponse]
+    """Pause or resume groups, or let them give the memory of weights and KV caches back."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -115,6 +119,10 @@ class AdminAsyncStub(AdminStub):
     """The spec as the deployment follows it now."""
     Adapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdaptersRequest, _admin_pb2.AdaptersResponse]  # type: ignore[assignment]
     """List, add or remove LoRA adapters while groups serve."""
+    Weights: _aio.UnaryUnaryMultiCallable[_admin_pb2.WeightsRequest, _admin_pb2.WeightsResponse]  # type: ignore[assignment]
+    """Replace the weights of a model while its groups serve, or tell which weights serve."""
+    Hold: _aio.UnaryUnaryMultiCallable[_admin_pb2.HoldRequest, _admin_pb2.WeightsResponse]  # type: ignore[assignment]
+    """Pause or resume groups, or let them give the memory of weights and KV caches back."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -254,5 +262,21 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AdaptersResponse, _abc.Awaitable[_admin_pb2.AdaptersResponse]]:
         """List, add or remove LoRA adapters while groups serve."""
+
+    @_abc_1.abstractmethod
+    def Weights(
+        self,
+        request: _admin_pb2.WeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.WeightsResponse, _abc.Awaitable[_admin_pb2.WeightsResponse]]:
+        """Replace the weights of a model while its groups serve, or tell which weights serve."""
+
+    @_abc_1.abstractmethod
+    def Hold(
+        self,
+        request: _admin_pb2.HoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.WeightsResponse, _abc.Awaitable[_admin_pb2.WeightsResponse]]:
+        """Pause or resume groups, or let them give the memory of weights and KV caches back."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
