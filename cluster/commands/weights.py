@@ -121,7 +121,8 @@ def _change(
         if not wait or "already" in response.text:
             OUT.print(response.text, markup=False, soft_wrap=True)
             return
-        with spinner(response.text):
+        with spinner() as show:
+            show(response.text)
             now = _ask(client, "status", model)
             while not now.models[0].settled and not now.models[0].error:
                 time.sleep(_POLL_S)

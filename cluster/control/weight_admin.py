@@ -208,6 +208,8 @@ class WeightAdmin:
             log.warning("group %s does not serve the pushed weights: %s", group_id, error)
             return
         self._settled[group_id] = entry.model, wanted.version
+        if (push := self._pushes.get(entry.model)) is not None:
+            push.error = ""
         text = f"serves push {wanted.version}, weights {report.status.digest[:12]}"
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.note.remote("weights", group_id, "; ".join([text, *report.notes]))
@@ -230,7 +232,8 @@ class WeightAdmin:
             if error:
                 push.phase, push.error = "", f"group {entry.group_id}: {error}"
                 return
-        digests = {answer.status.checked for answer in answers if isinstance(answer, WeightReport)}
+        reports = [answer for answer in answers if isinstance(answer, WeightReport)]
+        digests = {report.status.checked for report in reports}
         if len(digests) > 1:
             push.phase = ""
             push.error = "the groups read different files: copy the weights to every node"

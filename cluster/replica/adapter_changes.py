@@ -1,6 +1,6 @@
-"""A gateway's changes of adapters, pauses and weights: passed on to the operator, which checks the admin token.
+"""A gateway's changes of adapters, pauses and weights, passed on to the operator.
 
-Knows the operator's methods; knows nothing of tokens and roles.
+The operator checks the admin token. Knows the operator's methods; knows nothing of tokens and roles.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, Unauthenticated,
 
 log = logging.getLogger(__name__)
 
+_WITH_ADMIN_TOKEN = lora_adapters.PATHS | development.PATHS
 _WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
 """Paths that need no key; `/health` tells callers without a key only whether all is well."""
 _WITH_ADMIN_TOKEN = lora_adapters.PATHS | development.PATHS | {console.CLUSTER}
