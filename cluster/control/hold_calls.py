@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from arriero.cluster.control.admin_roles import AdminTokens, needed_role, set_caller
+from arriero.cluster.control.admin_roles import AdminTokens, Role, needed_role, set_caller
 from arriero.cluster.control.audit_log import AuditedCall, AuditLog
 from arriero.cluster.control.kv_admin_client import ask_all
 from arriero.cluster.control.state_store import StateStore
@@ -69,7 +69,7 @@ class HoldCalls:
         answer: Json | str
         try:
             token = self._tokens.find(authorization)
-            who, role = token.name, token.role.word
+            who, role = token.name, Role(token.role).word
             needed = needed_role(rpc, action)
             if token.role < needed:
                 raise PermissionDenied(

@@ -1,6 +1,7 @@
 """A gateway's changes of adapters, pauses and weights, passed on to the operator.
 
-The operator checks the admin token. Knows the operator's methods; knows nothing of tokens and roles.
+The operator checks the admin token. Knows the operator's methods; knows nothing of tokens and of
+roles.
 """
 
 from __future__ import annotations
