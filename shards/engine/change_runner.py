@@ -76,7 +76,7 @@ class ChangeRunner:
 
     def advance(
         self,
-        outputs: list[SequenceOutput],
+        emit: Callable[[list[SequenceOutput]], None],
         deliver: Callable[[], None],
         reset: Callable[[], None],
         timeout_s: float = 0.0,
@@ -84,7 +84,7 @@ class ChangeRunner:
         """Go on with the running change as far as possible now.
 
         Args:
-            outputs: gets ends of requests.
+            emit: gets ends of requests.
             deliver: delivers all outputs so far.
             reset: called after the slices have loaded weights: placements are those of the start.
             timeout_s: longest wait for a result of the slices.
@@ -92,10 +92,10 @@ class ChangeRunner:
         if self._holds.waits_for_slices:
             for result in self._executor.collect_weights(timeout_s):
                 self._holds.apply(result)
-        outputs += self._scheduler.set_gate(self._holds.gate)
+        emit(self._scheduler.set_gate(self._holds.gate))
         while (step := self._holds.next(self._scheduler.activity)) is not None:
             if step.end_all:
-                outputs += self._scheduler.abort(step.end_all)
+                emit(self._scheduler.abort(step.end_all))
             if step.empty_cache:
                 self._scheduler.empty_cache()
                 for batch in self._scheduler.take_transfers():  # files to drop
@@ -110,7 +110,7 @@ class ChangeRunner:
                 reset()
             if step.done:
                 self._end(step.error)
-            outputs += self._scheduler.set_gate(self._holds.gate)
+            emit(self._scheduler.set_gate(self._holds.gate))
 
     def _end(self, error: str) -> None:
         future, self._future = self._future, None

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
@@ -175,11 +176,7 @@ class Engine:
         def offer(scheduler: DataParallelScheduler) -> None:
             self._pending.add(digest, future, scheduler.offer_adapter(digest, path))
 
-        def fail(offered: Future[None]) -> None:
-            if (error := offered.exception()) is not None:
-                future.set_exception(error)
-
-        self.ask(offer).add_done_callback(fail)
+        self.ask(offer).add_done_callback(partial(_pass_error, future))
         return future
 
     def remove_adapter(self, digest: str) -> Future[None]:
@@ -193,17 +190,12 @@ class Engine:
     def change(self, change: Change) -> Future[HoldStatus]:
         """Pause, resume, sleep, wake, or push weights.
 
-        Returns:
-            Future of the state after the change. `InvalidRequest`: the change makes no sense now;
-            `CheckpointError`: the weights are refused; then nothing has changed.
+        The future has the state after the change; or `InvalidRequest`: the change makes no sense
+        now; or `CheckpointError`: the weights are refused. Then nothing has changed.
         """
         future: Future[HoldStatus] = Future()
-
-        def fail(begun: Future[None]) -> None:
-            if (error := begun.exception()) is not None:
-                future.set_exception(error)
-
-        self.ask(lambda scheduler: self._changes.begin(change, future)).add_done_callback(fail)
+        begun = self.ask(lambda scheduler: self._changes.begin(change, future))
+        begun.add_done_callback(partial(_pass_error, future))
         return future
 
     @property
@@ -329,7 +321,10 @@ class Engine:
 
     def _advance_change(self, timeout_s: float = 0.0) -> None:
         if self._changes.pending:
-            self._changes.advance(self._outputs, self._deliver, self._start_balance, timeout_s)
+            self._changes.advance(self._emit, self._deliver, self._start_balance, timeout_s)
+
+    def _emit(self, outputs: list[SequenceOutput]) -> None:
+        self._outputs += outputs
 
     def _start_balance(self) -> None:
         """Balance experts from their placement at the start."""
@@ -397,3 +392,9 @@ class Engine:
             self._deliver()
         except Exception:  # a callback failed: there is no other way to report
             _log.exception("the last outputs could not be delivered")
+
+
+def _pass_error(future: Future[Any], begun: Future[None]) -> None:
+    """Give a future the error of the call that should have begun its work, if any."""
+    if (error := begun.exception()) is not None:
+        future.set_exception(error)

@@ -166,7 +166,7 @@ class Holds:
         self._running: _Running | None = None
         self._commands = 0
         self._bytes = (-1, -1)
-        self._checked: tuple[tuple[str, ...], str] = ((), "")
+        self._good: tuple[tuple[str, ...], str] = ((), "")
 
     @property
     def gate(self) -> Gate:
@@ -200,7 +200,7 @@ class Holds:
             change="" if running is None else f"{running.change.kind}: {running.phase}",
             sources=self._sources,
             digest=self._digest,
-            checked=self._checked[1],
+            checked=self._good[1],
             held=held,
             weights_bytes=self._bytes[0],
             kv_bytes=self._bytes[1],
@@ -229,8 +229,8 @@ class Holds:
         if change.kind is Kind.PUSH:
             self._refuse_frozen(activity)
             self._running = _Running(change, _Phase.CHECK)
-            if self._checked[1] and self._checked[0] == change.sources:
-                self._running.digest = self._checked[1]
+            if self._good[1] and self._good[0] == change.sources:
+                self._running.digest = self._good[1]
             return False
         if change.kind is Kind.SLEEP and self._level:
             if change.level > self._level:
@@ -323,7 +323,7 @@ class Holds:
         if errors:
             self._running = None
             return Step(done=True, error=errors[0])
-        self._checked = running.change.sources, running.digest
+        self._good = running.change.sources, running.digest
         if running.change.kind is Kind.CHECK:
             self._running = None
             return Step(done=True)
@@ -331,7 +331,7 @@ class Holds:
 
     def _after_check(self, running: _Running) -> Step:
         """The pushed weights are good: end the old weights' requests, or nothing is to do."""
-        self._checked = ((), "")
+        self._good = ((), "")
         if running.digest == self._digest:
             self._sources, self._running = running.change.sources, None
             return Step(done=True)
