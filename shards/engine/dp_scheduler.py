@@ -103,8 +103,8 @@ class DataParallelScheduler:
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
         """End a request now; unknown ids are ignored."""
-        if (held := self._held.pop(request_id, None)) is not None:
-            return ends_of(request_id, range(held.params.n), "cancelled", None)
+        if (request := self._held.pop(request_id, None)) is not None:
+            return ends_of(request_id, range(request.params.n), "cancelled", None)
         return self._scheduler_of.pop(request_id, self._schedulers[0]).cancel(request_id)
 
     def fail(self, cause: str) -> list[SequenceOutput]:
@@ -147,8 +147,8 @@ class DataParallelScheduler:
             self._hold_unstarted()
         if gate is not Gate.OPEN:
             return []
-        held, self._held = self._held, {}
-        return [output for request in held.values() for output in self.enqueue(request)]
+        requests, self._held = self._held, {}
+        return [output for request in requests.values() for output in self.enqueue(request)]
 
     def set_weights(self, digest: str, salt: bytes | None = None) -> None:
         """Serve these weights from now on; a salt begins the keys of all blocks anew."""
@@ -179,8 +179,8 @@ class DataParallelScheduler:
         self._held = earlier | self._held
 
     def _end_held(self, reason: str, cause: str) -> list[SequenceOutput]:
-        held, self._held = self._held, {}
-        each = [(name, range(request.params.n)) for name, request in held.items()]
+        requests, self._held = self._held, {}
+        each = [(name, range(request.params.n)) for name, request in requests.items()]
         return [out for name, samples in each for out in ends_of(name, samples, reason, cause)]
 
     # ---- requests and plans ----

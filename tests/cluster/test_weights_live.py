@@ -9,6 +9,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,32 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from arriero.cluster import deployment_file as state
-from support.command import arriero
+from support import command
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 STREAMS, MOST_TOKENS = 16, 24
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
+
+
+arriero = partial(command.arriero, timeout_s=900)
+
+
+def up(folder: Path, model: Path | str) -> None:
+    """Deploy a group that a busy machine does not count as lost."""
+    spec = folder / "arriero.yaml"
+    spec.parent.mkdir(exist_ok=True)
+    spec.write_text(
+        f"models:\n- name: demo\n  path: {model}\n  dtype: float32\n"
+        "  limits: {max_model_len: 1024}\n  kv: {memory: 128MiB}\n"
+        "gateway: {port: 0}\n"
+        "health: {timeout_s: 60, silence_s: 60, hang_s: 300, start_timeout_s: 800}\n"
+    )
+    arriero("up", str(spec), folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +69,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("state")
     try:
-        arriero(
-            *("up", "--model", MODEL, "--port", "0", "--dtype", "float32"),
-            *("--name", "demo", "--kv-memory", "128MiB"),
-            folder=folder,
-        )
+        up(folder, MODEL)
         yield folder
     finally:
         arriero("down", folder=folder)
@@ -192,11 +205,7 @@ def test_answers_equal_those_of_a_fresh_start(folder: Path, pushed: Path, tmp_pa
     reset = asyncio.run(all_of(str(deployment.http)))
     fresh = tmp_path / "fresh"
     try:
-        arriero(
-            *("up", "--model", str(pushed), "--port", "0", "--dtype", "float32"),
-            *("--name", "demo", "--kv-memory", "128MiB"),
-            folder=fresh,
-        )
+        up(fresh, pushed)
         other = state.read(fresh)
         assert other is not None
         assert asyncio.run(all_of(str(other.http))) == after != reset
