@@ -175,7 +175,7 @@ def test_bad_weights_are_refused_by_name(
         "shape": weights | {name: weights[name][:-1].contiguous()},
         "missing": {key: value for key, value in weights.items() if key != name},
     }
-    with group_of(folders / "a", tp=2) as group:
+    with group_of(folders / "a") as group:
         for kind, tensors in bad.items():
             tiny_llama(tmp_path / kind)
             save_file(tensors, tmp_path / kind / "model.safetensors")
