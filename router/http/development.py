@@ -38,6 +38,8 @@ Json = dict[str, Any]
 Develop = Callable[[str, str, Mapping[str, str | int]], Awaitable[Json]]
 """Changes or reads pauses and weights: value of `authorization`, action, fields. Gives the state;
 raises `ArrieroError`."""
+Run = Callable[..., Awaitable[Json]]
+"""Passes a request on: the request, an action, and fields by name; gives the state."""
 Model = Annotated[str, Query(max_length=256, description="The model; by default all.")]
 Mode = Literal["keep", "wait", "abort"]
 
@@ -75,6 +77,13 @@ def add_development(app: FastAPI, develop: Develop | None) -> None:
         if state.get("running") and action != "status":
             raise Unavailable(f"still under way, and goes on: {', '.join(state['running'])}")
         return state
+
+    _add_holds(app, run)
+    _add_weights(app, run)
+
+
+def _add_holds(app: FastAPI, run: Run) -> None:
+    """Pauses and sleep."""
 
     @app.post("/pause")
     async def pause(request: Request, model: Model = "", mode: Mode = "abort") -> Response:
@@ -120,6 +129,10 @@ def add_development(app: FastAPI, develop: Develop | None) -> None:
         """Whether all groups are paused; needs an admin token."""
         state = await run(request, "status", model=model)
         return JSONResponse({"is_paused": state["paused"]})
+
+
+def _add_weights(app: FastAPI, run: Run) -> None:
+    """Weights, and what trainers ask beside them."""
 
     @app.get("/get_world_size")
     async def get_world_size(request: Request, model: Model = "") -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import pytest
@@ -147,6 +148,30 @@ class Slices(FakeExecutor):
         return [result(command, hashes={0: seed})]
 
 
+def finish(
+    changes: ChangeRunner,
+    scheduler: DataParallelScheduler,
+    executor: Slices,
+    outputs: list[SequenceOutput],
+    flush: Callable[[], None],
+    done: Callable[[], bool],
+) -> None:
+    """End pause and sleep, and run until every request has ended."""
+    for _ in range(4000):  # let everything end
+        changes.advance(outputs.extend, flush, lambda: None)
+        if not changes.busy:
+            for kind in (Kind.WAKE, Kind.RESUME):
+                if not changes.busy:
+                    changes.begin(Change(kind=kind), Future())
+        for plan in scheduler.schedule():
+            executor.submit(plan)
+        while (collected := executor.collect()) is not None:
+            outputs += scheduler.update(collected)
+        flush()
+        if done():
+            break
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_requests_over_random_changes(seed: int) -> None:
     """Every request ends with its own tokens, and no output crosses a change of weights."""
@@ -203,19 +228,7 @@ def test_requests_over_random_changes(seed: int) -> None:
             assert collected is not None
             outputs += scheduler.update(collected)
         deliver(outputs)
-    for _ in range(4000):  # let everything end
-        changes.advance(outputs.extend, flush, lambda: None)
-        if not changes.busy:
-            for kind in (Kind.WAKE, Kind.RESUME):
-                if not changes.busy:
-                    changes.begin(Change(kind=kind), Future())
-        for plan in scheduler.schedule():
-            executor.submit(plan)
-        while (collected := executor.collect()) is not None:
-            outputs += scheduler.update(collected)
-        deliver(outputs)
-        if len(ends) == len(requests):
-            break
+    finish(changes, scheduler, executor, outputs, flush, lambda: len(ends) == len(requests))
     assert set(ends) == set(requests)
     for name, request in requests.items():
         if ends[name] == "error":
