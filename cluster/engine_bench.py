@@ -166,7 +166,7 @@ class EngineBench:
         from arriero.shards.engine.engine import Engine
         from arriero.shards.layout.resolve import resolve
         from arriero.shards.leader.local_executor import LocalExecutor
-        from arriero.shards.leader.remote_executor import spawn_group
+        from arriero.shards.leader.spawned_group import spawn_group
         from arriero.shards.worker.cuda.device import free_bytes_of
 
         folder = Path(config.model_path)
