@@ -1,7 +1,7 @@
 """Bytes of a checkpoint on disk in the form that belongs to a plan's dtype.
 
-A file and a rank differ: backends keep the scales and zero points of int4 as float32, files keep
-scales in 16 bits and zero points in 4. Knows tensors of files; knows nothing of ranks.
+A file and a rank differ: backends keep the scales and zero points of a file's int4 as float32,
+files keep scales in 16 bits and zero points in 4. Knows tensors of files; knows nothing of ranks.
 """
 
 from __future__ import annotations

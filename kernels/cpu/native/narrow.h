@@ -43,8 +43,8 @@ inline __m256 expand_half(const char* vector, int half) {
     }
 }
 
-// Ask for what is multiplied next. A single row runs at the memory's pace, and fetches along its own
-// two panels.
+// Ask for what is multiplied next. A single row runs at the memory's pace, and fetches along its
+// own two panels.
 template <int32_t type, int V>
 inline void fetch_next(const Tile& t, int64_t pair, const char*& fetch) {
     if constexpr (V == 4) {
@@ -173,7 +173,7 @@ void narrow_group_kernel(const Tile& t) {
     }
 }
 
-inline constexpr int kPanelRows = 3;  // up to here a tile spans a panel, above half of one
+inline constexpr int kPanelRows = 3;             // up to here a tile spans a panel, above half of one
 inline constexpr int64_t kBlockBytes = 8 << 10;  // of a panel: a quarter of the first cache
 
 template <int32_t type, int M, int V>
