@@ -2,11 +2,11 @@
 
 Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int4,int4-plain]
 
-int8, fp8 and int4 are quantized while they load. Of int4, parts of a name say more: "plain" rounds
-to the nearest level without search, "g64" makes groups of 64 columns, "half" rounds scales and zero
-points to float16 and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models
-quantize` writes. "kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache, fp8 on the
-reference backend.
+int8, fp8 and int4 are quantized while they load; the scales and zero points of "int4" are float16's
+numbers. Parts of a name say more, and leave them float32: "plain" rounds to the nearest level
+without search, "g64" makes groups of 64 columns, "half" rounds scales and zero points to float16
+and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models quantize` writes.
+"kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache, fp8 on the reference backend.
 """
 
 from __future__ import annotations
