@@ -24,8 +24,11 @@ _OUTLIER = 3.0
 _LEARNING = 0.12
 _CLASSES = (2, 3, 5, 12)
 """Lengths of a match from which a proposal is of the next class."""
-_PRIORS = (0.25, 0.35, 0.5, 0.75, 0.9)
-"""Probability of a right token in each class, before any proposal."""
+_PRIORS = (0.1, 0.15, 0.5, 0.75, 0.9)
+"""Probability of a right token in each class, before any proposal.
+
+After one or two tokens it is too small for a draft, until proposals that are not used were right.
+"""
 _CARRIED = 0.25
 """Weight of a sequence's rates in those with which the next sequence of its tenant starts."""
 
