@@ -130,6 +130,7 @@ class Operator:
     async def read_cluster(self, authorization: str) -> tuple[str, str]:
         """The state of the cluster for the console of a gateway; see `ConsoleCalls.read`."""
         return await self._console_calls.read(authorization)
+
     async def develop(
         self, authorization: str, action: str, fields: dict[str, str | int]
     ) -> tuple[str, Any]:
