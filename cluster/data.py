@@ -202,7 +202,7 @@ def deployed_gateways() -> tuple[str, ...]:
     """
     try:
         registry = ray.get_actor(NAME, NAMESPACE)
-        answer = ray.get(registry.snapshot.remote(), timeout=REGISTRY_S)
+        answer: Any = ray.get(registry.snapshot.remote(), timeout=REGISTRY_S)
     except ValueError:
         raise Unavailable(
             "no deployment is in this Ray cluster; `arriero up` deploys, or give `address`"

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,7 +45,7 @@ class CpuPackedFile(PackedFile):
     def __init__(self, path: Path) -> None:
         """Open the file; a damaged one is deleted and written again."""
         self._path = path
-        self._file: BinaryIO | None = None
+        self._file: BufferedReader | None = None
         self._index: dict[str, Any] = {}
         self._writer: _Writer | None = None
         try:
@@ -111,7 +112,7 @@ class CpuPackedFile(PackedFile):
         return Packed(struct=matrix, tensors=tensors)
 
 
-def _read_index(file: BinaryIO) -> dict[str, Any]:
+def _read_index(file: BufferedReader) -> dict[str, Any]:
     """The index of a whole file.
 
     Raises:
@@ -131,17 +132,17 @@ def _read_index(file: BinaryIO) -> dict[str, Any]:
     return index
 
 
-def _read_tensor(file: BinaryIO, entry: dict[str, Any]) -> Tensor:
+def _read_tensor(file: BufferedReader, entry: dict[str, Any]) -> Tensor:
     data = large_zeros(entry["nbytes"])
     file.seek(entry["offset"])
-    if file.readinto(memoryview(data.numpy())) != entry["nbytes"]:
+    if file.readinto(data.numpy().data) != entry["nbytes"]:
         raise OSError(f"{file.name}: {entry['nbytes']} bytes at {entry['offset']} are missing")
     tensor: Tensor = data.view(getattr(torch, entry["dtype"])).view(entry["shape"])
     return tensor
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 class _Writer:

@@ -46,8 +46,9 @@ def works_on(device: torch.device) -> bool:
     scale_O1 = torch.rand(outputs, 1, generator=generator) + 0.5
     expected = (x.float() * scale_T1) @ (w.float() * scale_O1).T
     try:
-        given = (tensor.to(device) for tensor in (x, w, scale_T1, scale_O1))
-        actual = _multiply(*given, torch.bfloat16).float().cpu()
+        scales = scale_T1.to(device), scale_O1.to(device)
+        product = _multiply(x.to(device), w.to(device), *scales, torch.bfloat16)
+        actual = product.float().cpu()
     except (RuntimeError, NotImplementedError, ValueError) as error:
         _LOG.info("float8 products by Triton: %s has no torch._scaled_mm (%s)", device, error)
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Final
 
 from arriero.kernels.sizes import embedding_lora_nbytes, lora_bank_nbytes
 from arriero.shards.checkpoint.formats.modules import Cut, Module
@@ -15,7 +16,8 @@ from arriero.shards.layout.parts import AnyPart
 
 KINDS = ("attention", "mlp", "shared_expert", "router", "experts", "embeddings", "head")
 """Kinds of modules that an adapter may change."""
-EMBEDDINGS, HEAD = "embeddings", "head"
+EMBEDDINGS: Final = "embeddings"
+HEAD: Final = "head"
 """The kinds of modules outside of the layers."""
 EXPERTS = "experts"
 """The kind of fused routed experts, each of which has a matrix of its own in every slot."""

@@ -69,7 +69,7 @@ class Products:
         kind = self.kind(stack)
         if kind == "float8 product":
             launches.update({"_quantize_rows": 1, "aten::_scaled_mm": 1})
-            nbytes = stack.weights + stack.scales
+            nbytes = float(stack.weights + stack.scales)
             nbytes += rows * stack.columns * (self.itemsize + 2 * _FLOAT8)
             nbytes += rows * stack.rows * (out or self.itemsize)
             return Work(

@@ -123,7 +123,7 @@ class Acceptance:
 
     def __init__(self, start: Acceptance | None = None) -> None:
         """Start from the rates of others, or from what is usual."""
-        self._rates = list(_PRIORS if start is None else start._rates)
+        self._rates: list[float] = list(_PRIORS if start is None else start._rates)
 
     def rate(self, matched: int) -> float:
         """Probability that the next proposed token is right."""
