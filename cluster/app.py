@@ -19,6 +19,7 @@ from arriero.cluster.connection import connect_driver
 from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
 from arriero.cluster.planner import model_check
 from arriero.cluster.planner.capacity_check import refuse_spec
+from arriero.cluster.replica import prompt_guard_service
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.replica.group_settings import GroupSettings
 from arriero.cluster.replica.leader import Leader
@@ -47,7 +48,7 @@ def build(spec: DeploymentSpec, capacity: ClusterCapacity) -> Application:
 
 
 def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Application:
-    """The gateways of `spec`; `leaders` join the same application."""
+    """The gateways of `spec` and its Prompt Guard; `leaders` join the same application."""
     # A fixed port can be bound only once on a node.
     fixed_port = spec.gateway.port or spec.gateway.http_port
     spread: dict[str, Any] = {"max_replicas_per_node": 1} if fixed_port else {}
@@ -71,7 +72,12 @@ def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Appli
         log_level=spec.log_level,
         log_format=spec.log_format,
     )
-    return deployment.bind(settings, *leaders)
+    more: dict[str, Any] = {}
+    if (guard := spec.gateway.prompt_guard) is not None:
+        more["prompt_guard"] = prompt_guard_service.application(
+            guard, spec.log_level, spec.log_format
+        )
+    return deployment.bind(settings, *leaders, **more)
 
 
 def application(args: Mapping[str, str]) -> Application:

@@ -340,9 +340,12 @@ def _wait(
             kind = _FAILURES.get(first.kind, GroupFailed)
             raise kind(f"{first.who} cannot serve: {first.cause}")
         gateway = max(snapshot.gateways, key=lambda entry: len(entry.linked), default=None)
-        if gateway is not None and len(gateway.linked) >= num_groups:
+        applications = serve.status().applications
+        lacks_guard = spec.gateway.prompt_guard is not None and not _gateways_run(applications)
+        linked = gateway is not None and len(gateway.linked) >= num_groups
+        if gateway is not None and linked and not lacks_guard:
             return gateway.address, gateway.http
-        for name, status in serve.status().applications.items():
+        for name, status in applications.items():
             if is_ours(name) and status.status == "DEPLOY_FAILED":
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > next_problems_s:
@@ -355,10 +358,19 @@ def _wait(
                 f" ({'none' if gateway is None else gateway.address}) reaches"
                 f" {0 if gateway is None else len(gateway.linked)} groups, after"
                 f" `health.start_timeout_s`={spec.health.start_timeout_s:g}; raise the limit"
+                + ("; Prompt Guard does not run" if linked else "")
                 + "".join(f"; {seat} {text}" for seat, text in problems.items())
             )
-        show(_progress(snapshot, num_groups, problems))
+        starting = _progress(snapshot, num_groups, problems)
+        show("starting Prompt Guard" if linked else starting)
         time.sleep(_POLL_S)
+
+
+def _gateways_run(applications: Mapping[str, Any]) -> bool:
+    """Whether the application of the gateways runs with all that belongs to it, by Serve."""
+    from arriero.cluster import app
+
+    return app.NAME in applications and applications[app.NAME].status == "RUNNING"
 
 
 def _progress(snapshot: RegistrySnapshot, num_groups: int, problems: Mapping[str, str]) -> str:

@@ -30,6 +30,8 @@ def check_before_start(spec: DeploymentSpec, *, local: bool) -> None:
         node = this_machine.resources(spec.ray)
         refuse_spec(spec, ClusterCapacity.of_nodes(spec, [node], shared=False))
         node_check.check_listeners(spec)
+        if spec.gateway.prompt_guard is not None:
+            node_check.check_prompt_guard(spec.gateway.prompt_guard.path)
         for model in spec.models:
             if model.kv.disk is not None:
                 node_check.check_disk(model.name, model.kv.disk)

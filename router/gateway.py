@@ -29,6 +29,7 @@ from arriero.router.gateway_config import GatewayConfig
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.guards.guards import Guards
+from arriero.router.guards.injections import ScoreTexts
 from arriero.router.http.app import create_app, create_local_app
 from arriero.router.http.batches_api.local_calls import LocalCalls
 from arriero.router.http.console.routes import ReadCluster
@@ -74,6 +75,7 @@ class Gateway:
         change_adapter: changes the adapters of the deployment; None refuses changes.
         develop: changes pauses and weights of the deployment; None refuses changes.
         read_cluster: reads the state of the cluster for the console; None refuses reads.
+        score_texts: Prompt Guard of the deployment; None for none.
 
     Raises:
         SpecError: a file of keys or certificates cannot be used, or the package for
@@ -92,6 +94,7 @@ class Gateway:
         change_adapter: ChangeAdapter | None = None,
         develop: Develop | None = None,
         read_cluster: ReadCluster | None = None,
+        score_texts: ScoreTexts | None = None,
     ) -> None:
         self._config, self._change_adapter, self._develop = config, change_adapter, develop
         self._read_cluster = read_cluster
@@ -124,7 +127,7 @@ class Gateway:
         self.inference = Inference(
             self._groups, observer, admission, lost_s=config.lost_s, wake_s=config.wake_s
         )
-        self._guards = self.inference.protection = Guards(self.inference, config.guard)
+        self._guards = self.inference.protection = Guards(self.inference, config.guard, score_texts)
         self._services = {SERVICE: self._handlers()}
         self._kv_publisher: ZmqPublisher | None = None
         if kv_events is not None and engine is not None:
@@ -149,9 +152,8 @@ class Gateway:
         """
         config = self._config
         if config.http_address is not None:
-            app = self.app()
             self._http = HttpServer(
-                app, config.http_address, max_calls=config.max_calls, tls=config.tls
+                self.app(), config.http_address, max_calls=config.max_calls, tls=config.tls
             )
             self._http.bind()
         server = grpc.aio.server(

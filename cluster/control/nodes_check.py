@@ -39,6 +39,9 @@ def checks_of(old: DeploymentSpec, new: DeploymentSpec) -> list[NodeCheck]:
         for model in new.models
         if model.kv.disk is not None and model.kv.disk != before.get(model.name)
     ]
+    guard = new.gateway.prompt_guard
+    if guard is not None and guard != old.gateway.prompt_guard:
+        checks.append(NodeCheck(check=node_check.check_prompt_guard, arguments=(guard.path,)))
     addresses = [
         ("gateway.port", new.gateway.host, new.gateway.port, old.gateway.port),
         (

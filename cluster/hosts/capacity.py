@@ -67,7 +67,9 @@ class ClusterCapacity:
         num_cpus = sum(node.get("CPU", 0.0) for node in nodes)
         surge = max(model.mesh.num_slices for model in spec.models)
         num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
-        slice_cpus = num_cpus - SERVICE_CPUS * num_services
+        prompt_guard = spec.gateway.prompt_guard
+        guard_cpus = 0.0 if prompt_guard is None else prompt_guard.all_cpus
+        slice_cpus = num_cpus - guard_cpus - SERVICE_CPUS * num_services
         share = max(_LEAST_CPUS, int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3)
         return cls(
             num_cpus=num_cpus,

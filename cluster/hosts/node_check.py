@@ -1,4 +1,4 @@
-"""Can this machine hold what a spec names: ports to listen on, folders for KV blocks?
+"""Can this machine hold what a spec names: ports to listen on, folders for KV blocks, a classifier?
 
 Changes nothing on the machine. Knows sockets and folders; knows nothing of Ray and of models.
 """
@@ -6,6 +6,7 @@ Changes nothing on the machine. Knows sockets and folders; knows nothing of Ray 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import shutil
 import socket
@@ -96,4 +97,21 @@ def check_disk(model: str, disk: KvDiskSpec) -> None:
         raise SpecError(
             f"model `{model}`: `kv.disk.size`={disk.size} exceeds the {total} bytes of the file"
             f" system of {folder}; lower the size, or give another `kv.disk.path`"
+        )
+
+
+def check_prompt_guard(folder: Path) -> None:
+    """Refuse a machine that cannot run the Prompt Guard of a folder.
+
+    Raises:
+        SpecError: names field, value and remedy.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise SpecError(
+            "`gateway.prompt_guard` needs transformers on every node; pip install 'arriero[guard]'"
+        )
+    if not (folder / "config.json").is_file():
+        raise SpecError(
+            f"`gateway.prompt_guard.path`={str(folder)!r} has no config.json on this node; copy"
+            " the folder to every node"
         )

@@ -139,6 +139,24 @@ def refuse_spec(spec: DeploymentSpec, capacity: ClusterCapacity) -> None:
     wanted = [WantedGroups.of(model, model.groups, capacity) for model in spec.models]
     refuse_beyond(capacity, wanted, [])
     check_gateways(spec, len(capacity.nodes))
+    _check_prompt_guard(spec, capacity)
+
+
+def _check_prompt_guard(spec: DeploymentSpec, capacity: ClusterCapacity) -> None:
+    """Refuse processes of Prompt Guard that do not fit beside the groups."""
+    guard = spec.gateway.prompt_guard
+    if guard is None:
+        return
+    groups = sum(model.groups * _resources(model, capacity)["CPU"] for model in spec.models)
+    left = capacity.num_cpus - groups - SERVICE_CPUS * spec.gateway.count
+    by_nodes = _num_bundles({"CPU": guard.cpus}, capacity)
+    if guard.replicas > by_nodes or guard.all_cpus > left + _ROUNDING:
+        raise SpecError(
+            f"`gateway.prompt_guard`: `replicas`={guard.replicas} with `cpus`={guard.cpus:g} do"
+            f" not fit the {len(capacity.nodes)} nodes of the cluster, whose groups leave"
+            f" {max(0.0, left):g} CPUs; lower `replicas`, `cpus` or the groups of models, or add"
+            " nodes"
+        )
 
 
 def check_gateways(spec: DeploymentSpec, num_nodes: int) -> None:

@@ -28,6 +28,7 @@ from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
 from arriero.cluster.replica.adapter_changes import change_adapter, develop
 from arriero.cluster.replica.console_reads import read_cluster
+from arriero.cluster.replica.prompt_guard_service import RemotePromptGuard
 from arriero.cluster.replica.response_archive import RemoteArchive
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.live_settings import LiveSettings
@@ -65,10 +66,15 @@ class GatewayReplica:
     """The Serve replica around one `Gateway`.
 
     `leaders` are Serve handles that add the groups' deployments to the application; requests do
-    not use the handles.
+    not use the handles. `prompt_guard` is the handle of Prompt Guard, for a spec with one.
     """
 
-    async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # type: ignore[misc]  # noqa: ANN401
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: GatewaySettings,
+        *leaders: Any,  # noqa: ANN401
+        prompt_guard: Any = None,  # noqa: ANN401
+    ) -> None:
         set_log_level(settings.log_level, settings.log_format)
         ray_private.bind_replica_server(node_address())
         self._live_version = 0
@@ -92,6 +98,7 @@ class GatewayReplica:
                 change_adapter=change_adapter,
                 develop=develop,
                 read_cluster=read_cluster,
+                score_texts=None if prompt_guard is None else RemotePromptGuard(prompt_guard),
             )
             port = await self._gateway.start()
         except (OSError, SpecError) as error:

@@ -1,20 +1,21 @@
 """Prompt Guard 2: how likely a text tries to take over a model (injection, jailbreak).
 
 A classifier of Hugging Face (DeBERTa-v2), run through transformers, which `arriero[guard]`
-installs; an optional check beside the guard models that groups serve. `start` places it in a Ray
-actor. Knows the classifier; knows nothing of requests and policies.
+installs; an optional check beside the guard models that groups serve. Knows the classifier; knows
+nothing of requests and policies.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 import torch
 
 from arriero.router.guards.text_windows import split_windows, whole_score
-from arriero.shards.errors import CheckpointError, SpecError
+from arriero.shards.errors import CheckpointError, SpecError, Unavailable
 
 MALICIOUS = ("malicious", "jailbreak", "injection")
 """Labels of attacks; the last label where a config names its labels LABEL_0, LABEL_1."""
@@ -54,16 +55,27 @@ class PromptGuard:
         most = int(self._model.config.max_position_embeddings)
         self._size = most - 2  # the two special tokens of `_with_specials`
 
-    def scores(self, texts: Sequence[str]) -> list[float]:
-        """Probability of an attack for each text, 0 to 1; a long text has its worst window's."""
-        return [self._score(text) for text in texts]
+    def scores(self, texts: Sequence[str], limit_s: float = math.inf) -> list[float]:
+        """Probability of an attack for each text, 0 to 1; a long text has its worst window's.
 
-    def _score(self, text: str) -> float:
+        Args:
+            texts: the texts.
+            limit_s: seconds after which the computation ends.
+
+        Raises:
+            Unavailable: the computation took longer than `limit_s`.
+        """
+        deadline_s = time.monotonic() + limit_s
+        return [self._score(text, deadline_s) for text in texts]
+
+    def _score(self, text: str, deadline_s: float) -> float:
         ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
         overlap = min(64, self._size // 4)
         windows = split_windows(ids, size=self._size, overlap=overlap)
         found: list[float] = []
         for start in range(0, len(windows), self._batch):
+            if time.monotonic() > deadline_s:
+                raise Unavailable("the texts are too long to be scored in time; send shorter texts")
             rows = [self._with_specials(window) for window in windows[start : start + self._batch]]
             batch = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
             with torch.inference_mode():
@@ -80,13 +92,3 @@ def _attack_rows(labels: dict[int, str]) -> list[int]:
     """Rows of the logits whose labels mean an attack."""
     named = [row for row, label in labels.items() if label.lower() in MALICIOUS]
     return named or [max(labels)]
-
-
-def start(path: str, **options: Any) -> Any:  # noqa: ANN401
-    """A `PromptGuard` in a Ray actor; call `scores.remote(texts)`.
-
-    Args:
-        path: folder of the classifier, on the actor's node.
-        options: of the actor, such as `num_cpus`.
-    """
-    return ray.remote(PromptGuard).options(**{"num_cpus": 1} | options).remote(path)

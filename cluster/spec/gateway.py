@@ -23,22 +23,15 @@ from arriero.cluster.spec.fields import (
     is_loopback,
     refuse_twice,
 )
+from arriero.cluster.spec.safety import PromptGuardSpec, SafetySpec
 from arriero.router.batches.config import DAY_S, BatchesConfig
 from arriero.router.gateway_config import MAX_RESUMABLE_S, RESUMABLE_S, GatewayConfig
-from arriero.router.guards.categories import with_names
 from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.observability.otlp_metrics import OtlpMetricsConfig
 from arriero.router.observability.request_log import RequestLogConfig
 from arriero.router.observability.tracing import TracingConfig
-from arriero.router.tenants.safety import (
-    InputAction,
-    LossAction,
-    OutputAction,
-    SafetyPolicy,
-)
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
-from arriero.shards.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from arriero.router.kv_events.zmq_publisher import KvEventsConfig
@@ -151,39 +144,6 @@ class RequestLogSpec(SpecSection):
     prompts: bool = False
 
 
-class SafetySpec(SpecSection):
-    """What a guard checks for a tenant; for the fields see `SafetyPolicy`.
-
-    `categories` may be a list of codes of Meta's taxonomy, or a mapping from codes to texts.
-    """
-
-    guard: Name
-    input: InputAction = "off"
-    output: OutputAction = "off"
-    categories: dict[str, str] = Field(default_factory=dict)
-    window: Annotated[int, Field(ge=1, le=4096)] = 32
-    overlap: Annotated[int, Field(ge=0, le=4096)] = 64
-    on_loss: LossAction = "closed"
-    timeout_s: Seconds = 10
-
-    @field_validator("categories", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:  # noqa: ANN401
-        return dict.fromkeys(value, "") if isinstance(value, list | tuple) else value
-
-    @field_validator("categories")
-    @classmethod
-    def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        try:
-            return with_names(value)
-        except InvalidRequest as error:
-            raise ValueError(str(error)) from None
-
-    def policy(self) -> SafetyPolicy:
-        """Policy for the router."""
-        return SafetyPolicy(**dict(self))
-
-
 class TenantSpec(SpecSection):
     """Limits of a tenant, over all gateways; for the fields see `Tenant`."""
 
@@ -285,6 +245,7 @@ class GatewaySpec(SpecSection):
             keeps none.
         batches: files and batches; null for none.
         guard: guard model of `/v1/moderations` for requests that name none; null for none.
+        prompt_guard: classifier of injections for the tenants' policies; null for none.
     """
 
     host: str = "127.0.0.1"
@@ -304,6 +265,7 @@ class GatewaySpec(SpecSection):
     resumable_s: Annotated[float, Field(ge=0, le=MAX_RESUMABLE_S)] = RESUMABLE_S
     batches: BatchesSpec | None = None
     guard: Name | None = None
+    prompt_guard: PromptGuardSpec | None = None
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -316,11 +278,25 @@ class GatewaySpec(SpecSection):
             )
         return self
 
+    @model_validator(mode="after")
+    def _policies_have_prompt_guard(self) -> GatewaySpec:
+        if self.prompt_guard is not None:
+            return self
+        for tenant in self.tenants:
+            if tenant.safety is not None and tenant.safety.prompt_guard is not None:
+                raise ValueError(
+                    f"tenant `{tenant.name}`: `safety.prompt_guard` without "
+                    "`gateway.prompt_guard`; give the folder of the classifier: "
+                    "`prompt_guard: {path: FOLDER}` under `gateway`"
+                )
+        return self
+
     @property
     def guards(self) -> tuple[str, ...]:
         """Names of the guard models that tenants and moderations need."""
         names = [self.guard] if self.guard is not None else []
-        names += [tenant.safety.guard for tenant in self.tenants if tenant.safety is not None]
+        policies = [tenant.safety for tenant in self.tenants if tenant.safety is not None]
+        names += [policy.guard for policy in policies if policy.guard is not None]
         return tuple(dict.fromkeys(names))
 
     @property

@@ -18,6 +18,7 @@ from arriero.cluster.spec.deployment import AdminTlsSpec, DeploymentSpec
 from arriero.cluster.spec.fields import SpecSection
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec
 from arriero.cluster.spec.model import ModelSpec
+from arriero.cluster.spec.safety import PromptGuardSpec
 from arriero.cluster.spec.speculation import SpeculationSpec
 from arriero.cluster.spec.yaml_text import Lines, parse
 from arriero.router.tenants.keys import read_keys
@@ -96,6 +97,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
         update={
             "tls": _tls_files("gateway.tls", spec.gateway.tls, base, source),
             "keys": _key_file(spec.gateway, base, source),
+            "prompt_guard": _prompt_guard(spec.gateway, base, source),
         }
     )
     link_tls = _tls_files("link_tls", spec.link_tls, base, source)
@@ -141,6 +143,18 @@ def _key_file(gateway: GatewaySpec, base: Path, source: str) -> Path | None:
     except SpecError as error:
         raise SpecError(f"{source}: `gateway.keys`: {error}") from None
     return path
+
+
+def _prompt_guard(gateway: GatewaySpec, base: Path, source: str) -> PromptGuardSpec | None:
+    if gateway.prompt_guard is None:
+        return None
+    path = _absolute(base, gateway.prompt_guard.path)
+    if not (path / "config.json").is_file():
+        raise SpecError(
+            f"{source}: `gateway.prompt_guard.path`: {path} has no config.json; give the folder of"
+            " a Prompt Guard 2"
+        )
+    return gateway.prompt_guard.model_copy(update={"path": path})
 
 
 def _absolute(base: Path, path: Path) -> Path:

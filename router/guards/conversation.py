@@ -42,11 +42,28 @@ def read_turns(messages: Iterable[pb.Message]) -> tuple[Turn, ...]:
         if message.role in _SYSTEM:
             continue
         role: Role = "assistant" if message.role == "assistant" else "user"
-        texts = [message.content, *(part.text for part in message.parts)]
+        texts = [_text(message)]
         texts += [f"{call.name}({call.arguments})" for call in message.tool_calls]
         images = tuple(part.image for part in message.parts if part.HasField("image"))
         turns.append(Turn(role=role, text="\n".join(filter(None, texts)), images=images))
     return alternating(turns)
+
+
+def outside_texts(messages: Iterable[pb.Message]) -> tuple[str, ...]:
+    """The texts that come from outside, one for each message: of users and results of tools.
+
+    System messages are the operator's and an assistant's messages the model's own; both are left
+    out, and messages without text.
+    """
+    inside = _SYSTEM | {"assistant"}
+    texts = (_text(message) for message in messages if message.role not in inside)
+    return tuple(text for text in texts if text.strip())
+
+
+def _text(message: pb.Message) -> str:
+    """The text of a message, its parts on lines of their own."""
+    texts = [message.content, *(part.text for part in message.parts)]
+    return "\n".join(filter(None, texts))
 
 
 def alternating(turns: Sequence[Turn]) -> tuple[Turn, ...]:

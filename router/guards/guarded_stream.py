@@ -1,8 +1,9 @@
 """The stream of an answer under a tenant's safety policy, the same for every API.
 
-The input is judged beside the prefill: the guard's request and the request itself start together,
-and under "refuse" nothing is shown before the verdict. Under "cut" the output passes through
-`OutputWindows`. While a guard judges, the engine goes on; the group's outputs wait meanwhile.
+The input is judged beside the prefill: the requests to guard and Prompt Guard and the request
+itself start together, and under "refuse" nothing is shown before the verdicts. Under "cut" the
+output passes through `OutputWindows`. While a guard judges, the engine goes on; the group's outputs
+wait meanwhile.
 
 Knows messages, policies and judges; knows nothing of prompts, models and protocols.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from arriero.router.guards.conversation import Turn, with_output
@@ -21,12 +23,14 @@ from arriero.router.guards.policy import OutputWindows
 from arriero.router.guards.verdict import GuardLost, Verdict
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
-from arriero.router.tenants.safety import SafetyPolicy
+from arriero.router.tenants.safety import InputAction, SafetyPolicy
 from arriero.shards.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
 FILTERED = pb.FINISH_REASON_CONTENT_FILTER
+INPUT, INPUT_PROMPT_GUARD, OUTPUT = "input", "input_prompt_guard", "output"
+"""Subjects of verdicts in an answer: the guard's two, and Prompt Guard's."""
 
 
 class Judge(Protocol):
@@ -52,6 +56,21 @@ class Shown:
     token_ids: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _InputCheck:
+    """A check of the input that runs beside the prefill.
+
+    Attributes:
+        subject: of the verdict in the answer.
+        action: what follows from the verdict.
+        verdict: task of the judgement; its result is as of `GuardedStream._ask`.
+    """
+
+    subject: str
+    action: InputAction
+    verdict: asyncio.Task[Verdict | None]
+
+
 class GuardedStream:
     """One answer under a policy.
 
@@ -63,6 +82,7 @@ class GuardedStream:
         shown: parts of the output that the client gets.
         longest_stop: characters of the longest stop string, which text may lag behind tokens.
         before: by sample, text that the client has already.
+        find_injections: Prompt Guard's verdict on the input, for a policy that asks for one.
     """
 
     def __init__(
@@ -75,6 +95,7 @@ class GuardedStream:
         shown: Shown | None = None,
         longest_stop: int = 0,
         before: Mapping[int, str] | None = None,
+        find_injections: Callable[[], Awaitable[Verdict]] | None = None,
     ) -> None:
         self._policy, self._judge, self._turns = policy, judge, turns
         self._shown = shown or Shown()
@@ -86,8 +107,8 @@ class GuardedStream:
             )
             for index in range(num_samples)
         ]
-        self._input: asyncio.Task[Verdict | None] | None = None
-        self._input_passed = policy.input != "refuse"
+        self._find_injections = find_injections
+        self._checks: list[_InputCheck] = []
         self._start: pb.Start | None = None
         self._sent_start = False
         self._usage: pb.Usage | None = None
@@ -101,8 +122,10 @@ class GuardedStream:
             Unavailable: a verdict is missing and the policy needs it.
         """
         if self._policy.input != "off":
-            needed = self._policy.input == "refuse"
-            self._input = asyncio.create_task(self._ask(self._turns, needed=needed))
+            self._check(INPUT, self._policy.input, partial(self._judge, self._turns))
+        if self._find_injections is not None and self._policy.prompt_guard is not None:
+            action = self._policy.prompt_guard.input
+            self._check(INPUT_PROMPT_GUARD, action, self._find_injections)
         try:
             async with aclosing(stream), aclosing(self._after_input(stream)) as messages:
                 async for message in messages:
@@ -111,9 +134,17 @@ class GuardedStream:
                     if self._done:
                         return
         finally:
-            if self._input is not None:
-                self._input.cancel()
-                await asyncio.gather(self._input, return_exceptions=True)
+            tasks = [check.verdict for check in self._checks]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check(
+        self, subject: str, action: InputAction, judge: Callable[[], Awaitable[Verdict]]
+    ) -> None:
+        """Start a check of the input."""
+        judging = asyncio.create_task(self._ask(judge, needed=action == "refuse"))
+        self._checks.append(_InputCheck(subject, action, judging))
 
     @property
     def _done(self) -> bool:
@@ -122,30 +153,30 @@ class GuardedStream:
         return not any(window.open for window in self._windows)
 
     async def _after_input(self, stream: AsyncGenerator[Message]) -> AsyncGenerator[Message]:
-        """The messages of `stream`; under "refuse" the verdict on the input goes first.
+        """The messages of `stream`; under "refuse" the verdicts on the input go first.
 
         An unsafe input ends the request at once, also while it waits or computes its prompt.
         """
-        if not self._input_passed:
+        refusing = [check.verdict for check in self._checks if check.action == "refuse"]
+        if refusing:
             first = asyncio.ensure_future(anext(stream, None))
-            assert self._input is not None, "the input is judged"
             try:
-                await asyncio.wait({first, self._input}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({first, *refusing}, return_when=asyncio.FIRST_COMPLETED)
                 if first.done():
                     first.result()  # a refused request needs no verdict
-                self._check_input(await self._input)
+                for judged in asyncio.as_completed(refusing):
+                    self._refuse_unsafe(await judged)
                 message = await first
             finally:
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
-            self._input_passed = True
             if message is None:
                 return
             yield message
         async for message in stream:
             yield message
 
-    def _check_input(self, verdict: Verdict | None) -> None:
+    def _refuse_unsafe(self, verdict: Verdict | None) -> None:
         if verdict is None or not verdict.flagged:
             return
         codes = ", ".join(verdict.categories) or "no category named"
@@ -155,14 +186,16 @@ class GuardedStream:
             "content_filter",
         )
 
-    async def _ask(self, turns: Sequence[Turn], *, needed: bool) -> Verdict | None:
+    async def _ask(
+        self, judge: Callable[[], Awaitable[Verdict]], *, needed: bool
+    ) -> Verdict | None:
         """A verdict; None for a lost guard, under "open" or where no action needs the verdict.
 
         Raises:
             Unavailable: the guard is lost, under "closed", and an action needs the verdict.
         """
         try:
-            return await self._judge(turns)
+            return await judge()
         except (GuardLost, InvalidRequest) as error:
             log.warning("no verdict: %s", error)
             if self._policy.on_loss == "open" or not needed:
@@ -203,11 +236,11 @@ class GuardedStream:
         self._add(output)
         if not window.needs_judgement:
             return []
-        verdict = await self._ask(with_output(self._turns, window.text), needed=True)
+        verdict = await self._ask(self._of_output(window), needed=True)
         if verdict is None or not verdict.flagged:
             return window.accept()
         window.condemn()
-        self._verdicts.append(_message(verdict, "output", output.index))
+        self._verdicts.append(_message(verdict, OUTPUT, output.index))
         return [pb.Output(index=output.index, finish_reason=FILTERED)]
 
     def _add(self, output: pb.Output) -> None:
@@ -217,17 +250,22 @@ class GuardedStream:
 
     async def _annotate(self) -> None:
         """Collect the verdicts for the last message."""
-        if self._policy.input == "annotate":
-            assert self._input is not None, "the input is judged"
-            verdict = await self._input
+        inputs = []
+        for check in self._checks:
+            verdict = await check.verdict if check.action == "annotate" else None
             if verdict is not None:
-                self._verdicts.insert(0, _message(verdict, "input", 0))
+                inputs.append(_message(verdict, check.subject, 0))
+        self._verdicts[:0] = inputs
         if self._policy.output != "annotate":
             return
         for index, window in enumerate(self._windows):
-            verdict = await self._ask(with_output(self._turns, window.text), needed=False)
+            verdict = await self._ask(self._of_output(window), needed=False)
             if verdict is not None:
-                self._verdicts.append(_message(verdict, "output", index))
+                self._verdicts.append(_message(verdict, OUTPUT, index))
+
+    def _of_output(self, window: OutputWindows[pb.Output]) -> Callable[[], Awaitable[Verdict]]:
+        """The judgement of an output so far."""
+        return partial(self._judge, with_output(self._turns, window.text))
 
     def _messages(self, outputs: Sequence[pb.Output], *, ended: bool) -> list[pb.GenerateResponse]:
         """Messages with at most one output of a sample, with start and usage where they belong."""

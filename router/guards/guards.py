@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from arriero.router.calls.checked_request import CheckedRequest
 from arriero.router.guards.categories import with_names
-from arriero.router.guards.conversation import Turn, read_turns
-from arriero.router.guards.guarded_stream import GuardedStream, Shown
+from arriero.router.guards.conversation import Turn, outside_texts, read_turns
+from arriero.router.guards.guarded_stream import INPUT_PROMPT_GUARD, GuardedStream, Shown
+from arriero.router.guards.injections import PROMPT_GUARD, InjectionGuard, ScoreTexts
 from arriero.router.guards.model_guard import GuardCall, ModelGuard
 from arriero.router.guards.verdict import Verdict
 from arriero.router.inference import Inference, Stream
@@ -37,10 +39,14 @@ class Guards:
     Args:
         inference: runs the guards' requests.
         default: id of the guard model for moderations that name none; "" for none.
+        score_texts: Prompt Guard of the deployment; None for none.
     """
 
-    def __init__(self, inference: Inference, default: str = "") -> None:
+    def __init__(
+        self, inference: Inference, default: str = "", score_texts: ScoreTexts | None = None
+    ) -> None:
         self._guard = ModelGuard(inference)
+        self._injections = InjectionGuard(score_texts)
         self._inference = inference
         self._default = default
 
@@ -68,8 +74,26 @@ class Guards:
                 index: decode(tokens, skip_special=True)
                 for index, (tokens, _) in checked.received.items()
             },
+            find_injections=self._injection_check(checked, policy),
         )
         return guarded.run(run(checked))
+
+    def _injection_check(
+        self, checked: CheckedRequest, policy: SafetyPolicy
+    ) -> Callable[[], Awaitable[Verdict]] | None:
+        """Prompt Guard's judgement of a request; None where the policy asks for none."""
+        if policy.prompt_guard is None or not policy.checks_injections:
+            return None
+        texts = outside_texts(checked.messages) if checked.messages else (_words(checked),)
+        judge = partial(
+            self._injections.judge,
+            texts,
+            tenant=checked.caller.tenant.name,
+            threshold=policy.prompt_guard.threshold,
+            timeout_s=policy.timeout_s,
+        )
+        counted = self._counted(checked.caller, PROMPT_GUARD, INPUT_PROMPT_GUARD)
+        return lambda: _count(judge(), counted)
 
     def _judge(self, caller: Caller, policy: SafetyPolicy, turns: Sequence[Turn]) -> _PolicyJudge:
         salt = caller.tenant.name if caller.tenant.private_cache else ""
@@ -119,7 +143,10 @@ class Guards:
         counted = None
         if guard in self._inference.groups.names():  # a caller's invention makes no new label
             counted = self._counted(caller, guard, "moderation")
-        judging = [_count(self._guard.judge(turns, call), counted) for turns in inputs]
+        judging = [
+            _count(self._guard.judge(turns, call), counted, uncounted=(InvalidRequest,))
+            for turns in inputs
+        ]
         response = pb.ModerateResponse(model=guard)
         for verdict in await asyncio.gather(*judging):
             response.verdicts.append(_message(verdict))
@@ -171,8 +198,19 @@ class _Counted:
     policy: str
 
 
-async def _count(judging: Awaitable[Verdict], counted: _Counted | None) -> Verdict:
-    """A verdict, counted; a judgement that is cancelled counts for nothing."""
+async def _count(
+    judging: Awaitable[Verdict],
+    counted: _Counted | None,
+    *,
+    uncounted: tuple[type[Exception], ...] = (),
+) -> Verdict:
+    """A verdict, counted; a judgement that is cancelled counts for nothing.
+
+    Args:
+        judging: the judgement.
+        counted: labels; None to count nothing.
+        uncounted: errors that count for nothing, since the caller made them.
+    """
     if counted is None:
         return await judging
     start_s = time.monotonic()
@@ -180,7 +218,7 @@ async def _count(judging: Awaitable[Verdict], counted: _Counted | None) -> Verdi
     try:
         verdict = await judging
         outcome = "unsafe" if verdict.flagged else "safe"
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, *uncounted):
         counted = None
         raise
     finally:
@@ -200,8 +238,12 @@ def _turns(checked: CheckedRequest) -> tuple[Turn, ...]:
     turns = read_turns(checked.messages)
     if turns:
         return turns
-    words = checked.text.tokenizer.decode(checked.prompt, skip_special=True)
-    return (Turn(role="user", text=words),)
+    return (Turn(role="user", text=_words(checked)),)
+
+
+def _words(checked: CheckedRequest) -> str:
+    """The text of a prompt."""
+    return checked.text.tokenizer.decode(checked.prompt, skip_special=True)
 
 
 def _input(entry: pb.ModerateInput) -> tuple[Turn, ...]:

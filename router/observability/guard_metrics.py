@@ -25,7 +25,8 @@ class GuardMetrics:
         self._verdicts = Counter(
             "arriero_guard_verdicts",
             "Judged texts, by tenant, guard, policy (`input_refuse`, `input_annotate`, "
-            "`output_cut`, `output_annotate`, `moderation`) and verdict: `safe`, `unsafe`, `lost`.",
+            "`input_prompt_guard`, `output_cut`, `output_annotate`, `moderation`) and verdict: "
+            "`safe`, `unsafe`, `lost`.",
             ["tenant", "guard", "policy", "verdict"],
             registry=registry,
         )
@@ -44,7 +45,7 @@ class GuardMetrics:
 
         Args:
             tenant: name of a known tenant.
-            guard: id of a served or configured guard.
+            guard: id of a served or configured guard, or `prompt-guard`.
             policy: the action that asked.
             outcome: the verdict.
             elapsed_s: seconds of the judgement.
