@@ -30,6 +30,7 @@ class Deployment:
         node_address: IP address of the driver in the cluster's network; None lets Ray choose.
         gateway: host:port of a gateway's gRPC; "" until the gateway listens.
         http: host:port of the gateway's HTTP; "" for none.
+        console: URL of the gateway's console; "" for none.
         admin: host:port of Admin; "" until Admin listens.
         admin_token: bearer token of Admin.
         admin_ca: PEM of the certificate authorities of Admin; "" without TLS.
@@ -53,6 +54,7 @@ class Deployment:
     admin_name: str = ""
     ray_token: str = ""
     stop_s: float = 30.0
+    console: str = ""
 
 
 def state_folder(folder: Path | None) -> Path:

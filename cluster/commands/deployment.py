@@ -122,6 +122,8 @@ def up(
         print(json.dumps(addresses), flush=True)
     else:
         OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
+        if deployment.console:
+            OUT.print(f"console at {deployment.console}", markup=False, soft_wrap=True)
     if foreground:
         _wait_for_interrupt(state_dir)
 

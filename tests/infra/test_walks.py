@@ -142,6 +142,7 @@ def test_the_readmes_use(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Paris") == 2, "the command line and curl"
     assert "serving at 127.0.0.1:50051 (gRPC) and http://127.0.0.1:8000 (HTTP)" in done.stdout
+    assert "console at http://127.0.0.1:8000/console" in done.stdout
 
 
 # ---- infra/README.md ----

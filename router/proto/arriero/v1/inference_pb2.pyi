@@ -1210,15 +1210,15 @@ class SafetyVerdict(_message.Message):
     CATEGORIES_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
-    """"input" or "output"."""
+    """"input", "output", or "input_prompt_guard" for Prompt Guard's verdict on the input."""
     index: _builtins.int
     """Index of the sample, for an output."""
     flagged: _builtins.bool
     score: _builtins.float
-    """Probability of the guard's word `unsafe`, 0 to 1."""
+    """Probability of the guard's word `unsafe`, 0 to 1; of Prompt Guard that of an attack."""
     @_builtins.property
     def categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Codes of the violated categories, such as "S1"."""
+        """Codes of the violated categories, such as "S1"; "prompt_injection" of Prompt Guard."""
 
     def __init__(
         self,
