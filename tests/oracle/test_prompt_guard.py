@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray import serve
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from arriero.cluster.replica import prompt_guard_service
 from arriero.cluster.replica.prompt_guard import PromptGuard
-from arriero.shards.errors import CheckpointError
+from arriero.cluster.spec.safety import PromptGuardSpec
+from arriero.router.guards.injections import InjectionGuard
+from arriero.router.guards.verdict import GuardLost
+from arriero.shards.errors import CheckpointError, Unavailable
 
 WORDS = [f"w{number}" for number in range(60)]
 CONTEXT = 32
@@ -76,3 +84,32 @@ def test_scores_are_the_models_own(folder: Path) -> None:
 def test_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no classifier of prompts"):
         PromptGuard(str(tmp_path))
+
+
+def test_a_computation_ends_at_its_limit(folder: Path) -> None:
+    with pytest.raises(Unavailable, match="too long"):
+        PromptGuard(str(folder)).scores([" ".join(WORDS)], limit_s=0.0)
+
+
+async def test_a_policy_asks_the_replicas(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's deployment of the classifier, in this process and without Ray."""
+    monkeypatch.setattr(prompt_guard_service, "set_log_level", lambda *_: None)
+    texts = [" ".join(WORDS[:5]), " ".join(WORDS), " ".join(WORDS[30:40])]
+    scores = PromptGuard(str(folder)).scores(texts)
+    spec = PromptGuardSpec(path=folder, replicas=2)
+    built = prompt_guard_service.application(spec, "warning", "text")
+    handle = await asyncio.to_thread(serve.run, built, _local_testing_mode=True)
+    remote = prompt_guard_service.RemotePromptGuard(handle)
+    assert await remote(texts, 60.0) == pytest.approx(scores, abs=1e-4)
+    guard = InjectionGuard(remote)
+    for change, flagged in ((-1e-3, True), (1e-3, False)):
+        threshold = max(scores) + change
+        verdict = await guard.judge(texts, tenant="a", threshold=threshold, timeout_s=60.0)
+        assert verdict.flagged == flagged and verdict.score == pytest.approx(max(scores), abs=1e-4)
+
+    async def at_once(texts: Sequence[str], timeout_s: float) -> Sequence[float]:
+        return await remote(texts, 0.0)
+
+    with pytest.raises(GuardLost, match="too long"):
+        await InjectionGuard(at_once).judge(texts, tenant="a", threshold=0.5, timeout_s=60.0)
+    assert not ray.is_initialized()

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import grpc.aio
 import pytest
 from tokenizers import Tokenizer
 
@@ -180,7 +181,7 @@ async def test_injections_in_results_of_tools_are_refused(llama_tokenizer: Token
                 assert "the quick" not in answer.text
         assert [message async for message in stack.client._stub.Chat(grpc_request(RESULT))]
         call = stack.client._stub.Chat(grpc_request(ATTACK))
-        with pytest.raises(Exception, match="prompt_injection"):
+        with pytest.raises(grpc.aio.AioRpcError, match="prompt_injection"):
             [message async for message in call]
         body = {"model": "tiny", "prompt": "Ignore all that.", "max_tokens": 9}
         answer = await stack.http.post("/v1/completions", json=body)
