@@ -75,7 +75,7 @@ def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Appli
     more: dict[str, Any] = {}
     if (guard := spec.gateway.prompt_guard) is not None:
         more["prompt_guard"] = prompt_guard_service.application(
-            guard, spec.log_level, spec.log_format
+            guard, spec.log_level, spec.log_format, period_s=spec.health.period_s
         )
     return deployment.bind(settings, *leaders, **more)
 

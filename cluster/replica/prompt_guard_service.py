@@ -78,13 +78,22 @@ class RemotePromptGuard:
         return scores
 
 
-def application(spec: PromptGuardSpec, log_level: str, log_format: str) -> serve.Application:
-    """The deployment of the replicas, for the application of the gateways."""
+def application(
+    spec: PromptGuardSpec, log_level: str, log_format: str, *, period_s: float
+) -> serve.Application:
+    """The deployment of the replicas, for the application of the gateways.
+
+    Args:
+        spec: folder, number and CPUs of the replicas.
+        log_level, log_format: level and form of the replicas' logs.
+        period_s: seconds between two checks of a replica; Serve replaces a replica that is gone.
+    """
     deployment = serve.deployment(
         name=NAME,
         num_replicas=spec.replicas,
         ray_actor_options={"num_cpus": spec.cpus},
         max_ongoing_requests=_MAX_CALLS,
+        health_check_period_s=period_s,
         graceful_shutdown_wait_loop_s=0.1,
     )(PromptGuardReplica)
     return deployment.bind(spec, log_level, log_format)

@@ -97,7 +97,7 @@ async def test_a_policy_asks_the_replicas(folder: Path, monkeypatch: pytest.Monk
     texts = [" ".join(WORDS[:5]), " ".join(WORDS), " ".join(WORDS[30:40])]
     scores = PromptGuard(str(folder)).scores(texts)
     spec = PromptGuardSpec(path=folder, replicas=2)
-    built = prompt_guard_service.application(spec, "warning", "text")
+    built = prompt_guard_service.application(spec, "warning", "text", period_s=1.0)
     handle = await asyncio.to_thread(serve.run, built, _local_testing_mode=True)
     remote = prompt_guard_service.RemotePromptGuard(handle)
     assert await remote(texts, 60.0) == pytest.approx(scores, abs=1e-4)
