@@ -263,21 +263,13 @@ def _deploy(
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from None
         gateway, http = _wait(spec, registry_actor, operator_actor, before.failures, show)
-        noted.note(gateway=gateway, http=http, console=_console(spec, http))
+        noted.note(gateway=gateway, http=http, console=spec.gateway.console_url(http))
     except BaseException:
         if shared:  # `up` stops a local cluster as a whole
             with interrupts.ignored():
                 show("removing the deployment")
                 undeploy()
         raise
-
-
-def _console(spec: DeploymentSpec, http: str) -> str:
-    """URL of the console at a gateway's HTTP address; "" where the gateway serves none."""
-    listener = spec.gateway.http
-    if not http or listener is None or not listener.serves_console:
-        return ""
-    return f"{'http' if spec.gateway.tls is None else 'https'}://{http}/console"
 
 
 def _admin_trust(spec: DeploymentSpec) -> tuple[str, str]:

@@ -85,7 +85,8 @@ def application(
 
     Args:
         spec: folder, number and CPUs of the replicas.
-        log_level, log_format: level and form of the replicas' logs.
+        log_level: level of the replicas' logs.
+        log_format: form of the replicas' logs.
         period_s: seconds between two checks of a replica; Serve replaces a replica that is gone.
     """
     deployment = serve.deployment(

@@ -308,6 +308,12 @@ class GatewaySpec(SpecSection):
             return self.http.port
         return DEFAULT_HTTP_PORT if self.port else 0
 
+    def console_url(self, http: str) -> str:
+        """URL of the console at a gateway's HTTP address; "" where the gateway serves none."""
+        if not http or self.http is None or not self.http.serves_console:
+            return ""
+        return f"{'http' if self.tls is None else 'https'}://{http}/console"
+
     def shares(self) -> tuple[Tenant, ...]:
         """Tenants for the router."""
         return tuple(tenant.tenant() for tenant in self.tenants)

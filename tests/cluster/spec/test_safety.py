@@ -29,7 +29,7 @@ def spec(gateway: dict[str, Any], **safety: Any) -> DeploymentSpec:  # noqa: ANN
     return DeploymentSpec.model_validate({"models": models, "gateway": gateway})
 
 
-PROMPT_GUARD = {"prompt_guard": {"path": "/models/prompt-guard"}}
+PROMPT_GUARD: dict[str, Any] = {"prompt_guard": {"path": "/models/prompt-guard"}}
 
 
 def test_a_policy_reaches_the_gateways() -> None:
@@ -96,7 +96,7 @@ def test_prompt_guard_in_the_spec() -> None:
 @pytest.mark.parametrize(("replicas", "fits"), [(2, True), (3, False)])
 def test_prompt_guard_takes_cpus_from_the_groups(replicas: int, fits: bool) -> None:
     models = [{"name": "llama", "path": "/m", "device": "cpu", "cpus_per_slice": 1}]
-    gateway = {"prompt_guard": {"path": "/p", "cpus": 1, "replicas": replicas}}
+    gateway: dict[str, Any] = {"prompt_guard": {"path": "/p", "cpus": 1, "replicas": replicas}}
     made = DeploymentSpec.model_validate({"models": models, "gateway": gateway | {"port": 0}})
     capacity = ClusterCapacity.of_nodes(made, [{"CPU": 3.5}], shared=True)
     if fits:

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from arriero.router.guards import injections
 from arriero.router.guards.conversation import Turn, outside_texts
 from arriero.router.guards.guarded_stream import GuardedStream
-from arriero.router.guards.injections import InjectionGuard
+from arriero.router.guards.injections import InjectionGuard, ScoreTexts
 from arriero.router.guards.verdict import GuardLost, Verdict
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
-from arriero.router.tenants.safety import PromptGuardPolicy, SafetyPolicy
+from arriero.router.tenants.safety import LossAction, PromptGuardPolicy, SafetyPolicy
 from arriero.shards.errors import InvalidRequest, Unavailable
 from support.frontdoor import LLAMA3
 from support.guarded_gateway import GOOD, PLAIN, Guarded, ScriptedPromptGuard, events, guarded
@@ -36,7 +36,7 @@ WITH_CALLS = LLAMA3.replace(
 
 
 async def verdict(guard: InjectionGuard, texts: Sequence[str], **changes: Any) -> Verdict:  # noqa: ANN401
-    settings = {"tenant": "a", "threshold": 0.5, "timeout_s": 5.0} | changes
+    settings: dict[str, Any] = {"tenant": "a", "threshold": 0.5, "timeout_s": 5.0} | changes
     return await guard.judge(texts, **settings)
 
 
@@ -68,12 +68,13 @@ async def test_lost_verdicts() -> None:
         async def __call__(self, texts: Sequence[str], timeout_s: float) -> list[float]:
             return []
 
-    for classifier, words in (
+    cases: list[tuple[ScoreTexts | None, str]] = [
         (None, "has no Prompt Guard"),
         (ScriptedPromptGuard(lost=True), "no replica answers"),
         (ScriptedPromptGuard(delay_s=60), "within 0.05 s"),
         (TooFew(), "0 scores for 1 texts"),
-    ):
+    ]
+    for classifier, words in cases:
         with pytest.raises(GuardLost, match=words):
             await verdict(InjectionGuard(classifier), ["Hello."], timeout_s=0.05)
 
@@ -218,11 +219,11 @@ async def test_annotations(llama_tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("on_loss", ["open", "closed"])
 @pytest.mark.parametrize("cause", ["lost", "slow", "missing"])
 async def test_a_lost_classifier_means_what_the_policy_says(
-    llama_tokenizer: Tokenizer, cause: str, on_loss: str
+    llama_tokenizer: Tokenizer, cause: str, on_loss: LossAction
 ) -> None:
     classifier = ScriptedPromptGuard(delay_s=60 if cause == "slow" else 0, lost=cause == "lost")
     timeout_s = 0.2 if cause == "slow" else 30
-    settings = SafetyPolicy(prompt_guard=REFUSE, on_loss=on_loss, timeout_s=timeout_s)  # type: ignore[arg-type]
+    settings = SafetyPolicy(prompt_guard=REFUSE, on_loss=on_loss, timeout_s=timeout_s)
     scores = None if cause == "missing" else classifier
     async with behind(llama_tokenizer, settings, scores) as stack:
         answer = await stack.http.post(
