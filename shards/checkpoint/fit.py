@@ -71,7 +71,7 @@ def misfits(folder: TensorFolder, expected: Mapping[str, ExpectedTensor]) -> lis
     for name, spec in expected.items():
         tensor = folder.stored.get(name)
         if tensor is not None:
-            problem = _misfit(tensor, spec)
+            problem = misfit(tensor, spec)
         elif spec.optional:
             continue
         else:
@@ -96,7 +96,8 @@ def not_read(folder: TensorFolder, expected: Container[str]) -> list[str]:
     return [name for name in folder.names if name not in expected]
 
 
-def _misfit(tensor: StoredTensor, spec: ExpectedTensor) -> str | None:
+def misfit(tensor: StoredTensor, spec: ExpectedTensor) -> str | None:
+    """Why a tensor's shape or dtype cannot be loaded; None if it can."""
     where = f"{tensor.file.name}: tensor {tensor.name!r} has"
     shape = tensor.shape
     if spec.longer and len(shape) == len(spec.shape) and shape[0] > spec.shape[0]:

@@ -86,6 +86,10 @@ def _different(before: object, after: object) -> list[str]:
 
 def _some(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, or of all safetensors files of a folder."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: is not on this node; copy it here, or push the weights again"
+        )
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{path}: holds neither config.json nor a *.safetensors file")

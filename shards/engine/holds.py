@@ -3,7 +3,7 @@
 A group is paused, asleep (without weights on the device), or both, or neither. One change runs at a
 time, in phases:
 
-- check: slices read pushed weights; requests run as usual.
+- check: slices read pushed weights, or receive them from a trainer; requests run as usual.
 - drain: requests that have started run to their end; others are held.
 - settle: nothing is scheduled; results and copies in flight arrive.
 - slices: every slice releases or loads weights.
@@ -20,6 +20,7 @@ from typing import Literal
 
 from arriero.shards.checkpoint.joined_digest import join_hashes
 from arriero.shards.errors import ArrieroError, GroupFailed, InvalidRequest
+from arriero.shards.protocol.trainer import AnnouncedTensor, TrainerAddress
 from arriero.shards.protocol.weights import WeightsAction, WeightsCommand, WeightsResult
 
 Mode = Literal["keep", "wait", "abort"]
@@ -49,6 +50,20 @@ class Kind(StrEnum):
     WAKE = "wake"
     CHECK = "check"
     PUSH = "push"
+    JOIN = "join"
+    ANNOUNCE = "announce"
+    RECEIVE = "receive"
+
+
+_BESIDE = {
+    Kind.CHECK: WeightsAction.CHECK,
+    Kind.PUSH: WeightsAction.CHECK,
+    Kind.JOIN: WeightsAction.JOIN,
+    Kind.ANNOUNCE: WeightsAction.ANNOUNCE,
+    Kind.RECEIVE: WeightsAction.RECEIVE,
+}
+"""What slices do in the phase "check"."""
+_OF_TRAINER = (Kind.JOIN, Kind.ANNOUNCE, Kind.RECEIVE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +75,20 @@ class Change:
         mode: of pause and sleep: what happens to requests that have started: "keep" (they stop and
             go on later), "wait" (they end first) or "abort" (they end with an error).
         level: of sleep: 1 keeps the files of the weights in the host's page cache; 2 does not.
-        sources: of check and push: what replaces tensors of the model folder.
+        sources: of check and push: what replaces tensors of the model folder; of announce and
+            receive: the same, without the tensors that will come.
+        trainer: of join: the group of the trainer.
+        tensors: of announce and receive: what the trainer broadcasts.
+        file: of announce and receive: file of the nodes that gets the tensors.
     """
 
     kind: Kind
     mode: Mode = "keep"
     level: int = 1
     sources: tuple[str, ...] = ()
+    trainer: TrainerAddress | None = None
+    tensors: tuple[AnnouncedTensor, ...] = ()
+    file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +138,7 @@ class HoldStatus:
         sources: what replaces tensors of the model folder.
         digest: digest of the weights.
         checked: digest of the weights that were checked last; "" for none.
+        whole: whether the tensors that were received last make a whole model.
         held: requests that wait for the end of a pause, a sleep or a change.
         weights_bytes, kv_bytes: bytes on the devices of all slices, as last reported; -1 before the
             first sleep or push.
@@ -127,6 +150,7 @@ class HoldStatus:
     sources: tuple[str, ...] = ()
     digest: str = ""
     checked: str = ""
+    whole: bool = False
     held: int = 0
     weights_bytes: int = -1
     kv_bytes: int = -1
@@ -167,6 +191,7 @@ class Holds:
         self._commands = 0
         self._bytes = (-1, -1)
         self._good: tuple[tuple[str, ...], str] = ((), "")
+        self._whole = False
 
     @property
     def gate(self) -> Gate:
@@ -201,6 +226,7 @@ class Holds:
             sources=self._sources,
             digest=self._digest,
             checked=self._good[1],
+            whole=self._whole,
             held=held,
             weights_bytes=self._bytes[0],
             kv_bytes=self._bytes[1],
@@ -223,7 +249,7 @@ class Holds:
                 return True
             self._running = _Running(change, _Phase.SLICES)
             return False
-        if change.kind is Kind.CHECK:
+        if change.kind is Kind.CHECK or change.kind in _OF_TRAINER:
             self._running = _Running(change, _Phase.CHECK)
             return False
         if change.kind is Kind.PUSH:
@@ -294,6 +320,10 @@ class Holds:
         results = [running.results[rank] for rank in sorted(running.results)]
         running.results, running.sent = {}, False
         errors = [f"slice {r.rank}: {r.error}" for r in results if r.error]
+        if change.kind in _OF_TRAINER:
+            self._running = None
+            self._whole = not errors and all(result.whole for result in results)
+            return Step(done=True, error="; ".join(errors)[:1000])
         if running.phase is _Phase.CHECK:
             return self._checked(running, results, errors)
         if errors:  # some slices may have other weights than the others by now
@@ -345,7 +375,14 @@ class Holds:
     def _command(self, running: _Running) -> WeightsCommand:
         change, number = running.change, self._commands
         if running.phase is _Phase.CHECK:
-            return WeightsCommand(number=number, action=WeightsAction.CHECK, sources=change.sources)
+            return WeightsCommand(
+                number=number,
+                action=_BESIDE[change.kind],
+                sources=change.sources,
+                trainer=change.trainer,
+                tensors=change.tensors,
+                file=change.file,
+            )
         if change.kind is Kind.SLEEP:
             return WeightsCommand(
                 number=number, action=WeightsAction.RELEASE, keep_on_host=change.level < 2

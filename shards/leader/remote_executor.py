@@ -38,7 +38,7 @@ from arriero.shards.protocol.messages import (
 )
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport, secured
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
-from arriero.shards.protocol.weights import WeightsAction, WeightsCommand, WeightsResult
+from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
@@ -246,7 +246,7 @@ class RemoteExecutor:
 
     def change_weights(self, command: WeightsCommand) -> None:
         """Send a command on weights to every slice, after the plans."""
-        if command.action is not WeightsAction.CHECK:
+        if command.action.between_steps:
             self._monitor.suspend()
             self._num_changing = len(self._identities)
         self._send(range(len(self._identities)), MessageKind.WEIGHTS, command)

@@ -1,4 +1,4 @@
-"""Checks pushed weights on a rank, in a thread beside the steps.
+"""Checks pushed weights on a rank, or receives them, in a thread beside the steps.
 
 Knows files of weights and this rank's share of the work; changes nothing of what the rank serves.
 """
@@ -20,14 +20,17 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CheckpointError
 from arriero.shards.layout.parts import AnyPart
-from arriero.shards.protocol.weights import WeightsCommand, WeightsResult
+from arriero.shards.protocol.weights import WeightsAction, WeightsCommand, WeightsResult
+from arriero.shards.worker.trainer_weights import TrainerWeights
 
 _log = logging.getLogger(__name__)
 _READ_BYTES = 4 << 20
+_CLOSE_S = 2.0
+"""Longest wait at the end for a broadcast; the daemon thread ends with the process."""
 
 
 class WeightChecker:
-    """The thread that reads pushed weights on a rank.
+    """The thread that reads or receives pushed weights on a rank.
 
     Args:
         config: resolved config of the group.
@@ -37,6 +40,7 @@ class WeightChecker:
 
     def __init__(self, config: GroupConfig, part: AnyPart, num_ranks: int) -> None:
         self._config, self._part, self._num_ranks = config, part, num_ranks
+        self._trainer = TrainerWeights(config, part.rank)
         self._commands: queue.SimpleQueue[WeightsCommand | None] = queue.SimpleQueue()
         self._checked: dict[tuple[str, ...], Signature] = {}
         self._thread: threading.Thread | None = None
@@ -49,7 +53,7 @@ class WeightChecker:
         self._thread.start()
 
     def submit(self, command: WeightsCommand) -> None:
-        """Queue a check."""
+        """Queue a check, or a part of a broadcast."""
         self._commands.put(command)
 
     def note(self, checkpoint: Checkpoint, sources: tuple[str, ...]) -> None:
@@ -75,21 +79,23 @@ class WeightChecker:
         """Stop the thread."""
         self._commands.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
 
     def _run(self, on_result: Callable[[WeightsResult], None]) -> None:
         torch.set_grad_enabled(False)
         while (command := self._commands.get()) is not None:
             rank = self._part.rank
             try:
-                result = self._check(command)
+                check = command.action is WeightsAction.CHECK
+                result = self._check(command) if check else self._trainer.run(command)
             except ArrieroError as error:
                 result = WeightsResult(rank=rank, number=command.number, error=str(error)[:2000])
             except Exception as error:  # the push fails; the group serves on
-                _log.exception("weights %s cannot be checked", command.sources)
+                _log.exception("the action %s on weights failed", command.action)
                 text = f"{type(error).__name__}: {error}"[:2000]
                 result = WeightsResult(rank=rank, number=command.number, error=text)
             on_result(result)
+        self._trainer.close()
 
     def _check(self, command: WeightsCommand) -> WeightsResult:
         checkpoint = open_weights(self._config.model_path, command.sources)

@@ -1,6 +1,6 @@
 """Runs the leader's commands on the weights of a rank.
 
-A check runs in a thread and reports later; release and load run between two steps and report at
+Checks and a trainer's broadcasts run in a thread and report later; release and load run between two steps and report at
 once. Knows the runner's methods; knows nothing of sockets.
 """
 
@@ -23,7 +23,7 @@ def run_command(
 
     Call between two steps, with no launched step left.
     """
-    if command.action is WeightsAction.CHECK:
+    if not command.action.between_steps:
         runner.weight_checker.submit(command)
         return
     error = ""
