@@ -15,6 +15,7 @@ from arriero.cluster.control.admin_roles import AdminTokens, Role, needed_role, 
 from arriero.cluster.control.audit_log import AuditedCall, AuditLog
 from arriero.cluster.control.kv_admin_client import ask_all
 from arriero.cluster.control.state_store import StateStore
+from arriero.cluster.control.trainer_updates import ACTIONS, TrainerUpdates
 from arriero.cluster.control.weight_admin import WeightAdmin
 from arriero.cluster.registry.registry import Registry
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
@@ -47,6 +48,7 @@ class HoldCalls:
         audit: AuditLog,
     ) -> None:
         self._store, self._weights, self._registry, self._audit = store, weights, registry, audit
+        self._updates = TrainerUpdates(weights)
 
     @property
     def _tokens(self) -> AdminTokens:
@@ -59,8 +61,9 @@ class HoldCalls:
 
         Args:
             authorization: value of the header of this name.
-            action: "pause", "resume", "sleep", "wake", "status", "push" or "flush".
-            fields: of the request: `model`, `mode`, `level`, `path`.
+            action: "pause", "resume", "sleep", "wake", "status", "push", "flush", or one of
+                `trainer_updates.ACTIONS`.
+            fields: of the request: `model`, `mode`, `level`, `path`, `info`, `weight_version`.
 
         Returns:
             Name of the class of an error, or "" after success; and the answer, or a text.
@@ -99,6 +102,8 @@ class HoldCalls:
             request = _request(action, model)
             request.path = str(fields.get("path", ""))
             return {"text": (await self._weights.weights(request)).text}
+        if action in ACTIONS:
+            return {"text": await self._updates.run(action, fields)}
         if action == "flush":
             snapshot = await self._registry.snapshot.remote()
             entries = [e for e in snapshot.groups if model in ("", e.model)]
@@ -120,6 +125,8 @@ class HoldCalls:
 
 def _rpc(action: str) -> str:
     """Admin's RPC of an action."""
+    if action in ACTIONS:
+        return "Weights"
     return {"status": "Weights", "push": "Weights", "flush": "Kv"}.get(action, "Hold")
 
 

@@ -83,27 +83,40 @@ class WeightAdmin:
                 "action",
                 f"`action`={request.action[:32]!r} is unknown; use push, reset or status",
             )
-        model = self._model(request.model)
-        state = self._store.state.models[model]
-        push = self._pushes.get(model)
-        if push is not None and push.task is not None and not push.task.done():
-            raise InvalidRequest("model", f"a push to {model!r} is being checked; try again")
-        path = self._store.settings(model).path
-        before = self._current(model)
+        model = self.model_name(request.model)
+        before = self.wanted(model)
         sources: tuple[str, ...] = ()
         if request.action == "push":
             sources = with_source(() if before is None else before.sources, request.path)
         elif before is None:
             return pb.WeightsResponse(text=f"{model}: serves the weights of the spec already")
+        return pb.WeightsResponse(text=await self.begin_push(model, sources))
+
+    async def begin_push(self, model: str, sources: tuple[str, ...], label: str = "") -> str:
+        """Let all groups check weights, and then take them; returns at once, with a text.
+
+        Args:
+            model: name of a model.
+            sources: what replaces tensors of the model folder.
+            label: the trainer's name of the version, for the history.
+
+        Raises:
+            InvalidRequest: another push is being checked, or no group serves.
+        """
+        state = self._store.state.models[model]
+        push = self._pushes.get(model)
+        if push is not None and push.task is not None and not push.task.done():
+            raise InvalidRequest("model", f"a push to {model!r} is being checked; try again")
+        path = self._store.settings(model).path
         version = 1 if state.weights is None else state.weights.version + 1
         wanted = WantedWeights(path=str(path), sources=sources, version=version)
-        entries = await self._serving(model)
+        entries = await self.serving(model)
         if not entries:
             raise InvalidRequest("model", f"no group of {model!r} serves now; try again")
         push = self._pushes[model] = _Push()
-        push.task = asyncio.create_task(self._check(model, wanted, entries, push, caller_name()))
-        text = f"{model}: push {version} is being checked by {len(entries)} groups"
-        return pb.WeightsResponse(text=text)
+        caller = f"{caller_name()} ({label})" if label else caller_name()
+        push.task = asyncio.create_task(self._check(model, wanted, entries, push, caller))
+        return f"{model}: push {version} is being checked by {len(entries)} groups"
 
     async def hold(self, request: pb.HoldRequest) -> pb.WeightsResponse:
         """Pause, resume, put to sleep or wake groups, at the same time.
@@ -143,7 +156,7 @@ class WeightAdmin:
 
     async def _status(self, model: str) -> pb.WeightsResponse:
         if model:
-            self._model(model)
+            self.model_name(model)
         snapshot = await self._registry.snapshot.remote()
         entries = [e for e in snapshot.groups if e.phase == "serving" and model in ("", e.model)]
         answers = await asyncio.gather(
@@ -159,7 +172,7 @@ class WeightAdmin:
         for name in self._store.state.models:
             if model not in ("", name):
                 continue
-            push, wanted = self._pushes.get(name, _Push(phase="")), self._current(name)
+            push, wanted = self._pushes.get(name, _Push(phase="")), self.wanted(name)
             of_model = [e.group_id for e in entries if e.model == name]
             version = 0 if wanted is None else wanted.version
             settled = not push.phase or push.phase == "applying"
@@ -184,7 +197,7 @@ class WeightAdmin:
         names = {entry.group_id for entry in serving}
         self._settled = {g: done for g, done in self._settled.items() if g in names}
         for entry in sorted(serving, key=lambda entry: entry.group_id):
-            wanted = self._current(entry.model)
+            wanted = self.wanted(entry.model)
             task = self._tasks.get(entry.model)
             if wanted is None or (task is not None and not task.done()):
                 continue
@@ -198,7 +211,7 @@ class WeightAdmin:
         change = Change(kind=Kind.PUSH, sources=wanted.sources)
         group_id = entry.group_id
         try:
-            report = await self._until_done(entry, change)
+            report = await self.until_done(entry, change)
             if report.error:
                 raise GroupFailed(report.error)
         except ArrieroError as error:
@@ -225,7 +238,7 @@ class WeightAdmin:
         """Let every group check the weights; store them when each accepts."""
         change = Change(kind=Kind.CHECK, sources=wanted.sources)
         answers = await asyncio.gather(
-            *(self._until_done(entry, change) for entry in entries), return_exceptions=True
+            *(self.until_done(entry, change) for entry in entries), return_exceptions=True
         )
         for entry, answer in zip(entries, answers, strict=True):
             error = answer.error if isinstance(answer, WeightReport) else str(answer)
@@ -251,8 +264,8 @@ class WeightAdmin:
         stored = {name: state.weights for name, state in models.items() if state.weights}
         kv_store.put(STORED, stored)
 
-    async def _until_done(self, entry: GroupEntry, change: Change) -> WeightReport:
-        """Make a change, however long it takes."""
+    async def until_done(self, entry: GroupEntry, change: Change) -> WeightReport:
+        """Make a change of a group, however long it takes."""
         report = await self._ask(entry, change, WAIT_S)
         while report.status.change:
             report = await self._ask(entry, None, WAIT_S)
@@ -265,11 +278,12 @@ class WeightAdmin:
         leader = entry.address, entry.link_token
         return await ask_leader(leader, context, ACTION, arguments, WeightReport, wait_s + 5.0)
 
-    async def _serving(self, model: str) -> list[GroupEntry]:
+    async def serving(self, model: str) -> list[GroupEntry]:
+        """The groups of a model that serve."""
         snapshot = await self._registry.snapshot.remote()
         return [e for e in snapshot.groups if e.model == model and e.phase == "serving"]
 
-    def _current(self, model: str) -> WantedWeights | None:
+    def wanted(self, model: str) -> WantedWeights | None:
         """The pushed weights of a model; None without, or where the spec names another folder."""
         state = self._store.state.models.get(model)
         if state is None or state.weights is None:
@@ -277,7 +291,17 @@ class WeightAdmin:
         same = state.weights.path == str(self._store.settings(model).path)
         return state.weights if same else None
 
-    def _model(self, name: str) -> str:
+    def path(self, model: str) -> str:
+        """Model folder of the spec."""
+        return str(self._store.settings(model).path)
+
+    def model_name(self, name: str) -> str:
+        """The name, or that of the only model.
+
+        Raises:
+            InvalidRequest: no name is given, and there are several models.
+            NotFound: no such model.
+        """
         models = self._store.state.models
         if not name and len(models) == 1:
             return next(iter(models))

@@ -73,4 +73,5 @@ async def develop(
         return dict(answer)
     if kind in _ERRORS:
         raise _ERRORS[kind](answer)
-    raise InvalidRequest("path" if action == "push" else "model", answer)
+    field = {"push": "path", "join": "init_info", "announce": "update_info"}.get(action, "model")
+    raise InvalidRequest(field, answer)

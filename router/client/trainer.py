@@ -148,5 +148,6 @@ def _broadcast(
         try:
             group.broadcast(bytes_of(tensor), name)
         except CheckpointError:
+            group.close()  # ends the waits of the slices
             call.result()  # the deployment's reason comes first
             raise

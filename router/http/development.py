@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
-from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 
+from arriero.router.http.weight_bodies import FinishBody, InitBody, StartBody, UpdateBody
 from arriero.shards.errors import CheckpointError, Overloaded, PermissionDenied, Unavailable
 
 PATHS = frozenset(
@@ -25,7 +25,10 @@ PATHS = frozenset(
         "/wake_up",
         "/is_sleeping",
         "/is_paused",
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
         "/update_weights",
+        "/finish_weight_update",
         "/get_world_size",
         "/reset_prefix_cache",
     }
@@ -42,20 +45,6 @@ Run = Callable[..., Awaitable[Json]]
 """Passes a request on: the request, an action, and fields by name; gives the state."""
 Model = Annotated[str, Query(max_length=256, description="The model; by default all.")]
 Mode = Literal["keep", "wait", "abort"]
-
-
-class UpdateBody(BaseModel):
-    """New weights.
-
-    Attributes:
-        path: checkpoint folder, or a folder or file with some tensors, on every node.
-        model: the model; may be left out where only one is served.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    path: str
-    model: str = ""
 
 
 def add_development(app: FastAPI, develop: Develop | None) -> None:
@@ -80,6 +69,7 @@ def add_development(app: FastAPI, develop: Develop | None) -> None:
 
     _add_holds(app, run)
     _add_weights(app, run)
+    _add_trainer(app, run)
 
 
 def _add_holds(app: FastAPI, run: Run) -> None:
@@ -147,14 +137,69 @@ def _add_weights(app: FastAPI, run: Run) -> None:
         return Response()
 
     @app.post("/update_weights")
-    async def update_weights(body: UpdateBody, request: Request) -> Response:
-        """Serve other weights of the model; returns once every group serves them."""
-        await run(request, "push", model=body.model, path=body.path)
-        while True:
-            state = await run(request, "status", model=body.model)
-            (model,) = state["models"][:1] or [{"settled": True, "error": "", "version": 0}]
-            if model["error"]:
-                raise CheckpointError(model["error"])
-            if model["settled"]:
-                return JSONResponse({"status": "updated", "version": model["version"]})
-            await asyncio.sleep(POLL_S)
+    async def update_weights(body: UpdateBody, request: Request, model: Model = "") -> Response:
+        """Serve the weights of a path, or receive tensors of the trainer; needs an admin token."""
+        name = body.model or model
+        if body.update_info is not None:
+            info = body.update_info.model_dump_json()
+            await run(request, "announce", model=name, info=info)
+            await run(request, "receive", model=name, info=info)
+            return JSONResponse({"message": "Weights updated"})
+        await run(request, "push", model=name, path=body.path)
+        version = await _settled(request, run, name)
+        return JSONResponse({"status": "updated", "version": version})
+
+
+def _add_trainer(app: FastAPI, run: Run) -> None:
+    """Weights that a trainer broadcasts."""
+
+    @app.post("/init_weight_transfer_engine")
+    async def init_weight_transfer_engine(
+        body: InitBody, request: Request, model: Model = ""
+    ) -> Response:
+        """Join the broadcast group of a trainer; returns once every slice has joined."""
+        await run(request, "join", model=model, info=body.init_info.model_dump_json())
+        return JSONResponse({"message": "Weight transfer initialized"})
+
+    @app.post("/start_weight_update")
+    async def start_weight_update(
+        request: Request, body: StartBody | None = None, model: Model = ""
+    ) -> Response:
+        """Begin an update; with `update_info` the tensors are compared with the model."""
+        await run(request, "start", model=model)
+        if body is not None and body.update_info is not None:
+            info = body.update_info.model_dump_json()
+            await run(request, "announce", model=model, info=info)
+        return JSONResponse({"message": "Weight update started"})
+
+    @app.post("/finish_weight_update")
+    async def finish_weight_update(
+        request: Request, body: FinishBody | None = None, model: Model = ""
+    ) -> Response:
+        """Serve the received weights; returns once every group serves them."""
+        label = "" if body is None else str(body.weight_version or "")
+        await run(request, "finish", model=model, weight_version=label)
+        version = await _settled(request, run, model)
+        return JSONResponse(
+            {
+                "message": "Weight update finished",
+                "version": version,
+                "weight_version": label,
+            }
+        )
+
+
+async def _settled(request: Request, run: Run, name: str) -> int:
+    """Wait until every group serves what was pushed last; gives the number of the push.
+
+    Raises:
+        CheckpointError: a group refuses the weights.
+    """
+    while True:
+        state = await run(request, "status", model=name)
+        (model,) = state["models"][:1] or [{"settled": True, "error": "", "version": 0}]
+        if model["error"]:
+            raise CheckpointError(model["error"])
+        if model["settled"]:
+            return int(model["version"])
+        await asyncio.sleep(POLL_S)

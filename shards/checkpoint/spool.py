@@ -138,8 +138,15 @@ class SpoolWriter:
         except FileExistsError:  # another slice of this node writes
             return
         self._stream = os.fdopen(descriptor, "wb")
-        header = {t.name: (getattr(torch, t.dtype.removeprefix("torch.")), t.shape) for t in tensors}
+        header = {
+            t.name: (getattr(torch, t.dtype.removeprefix("torch.")), t.shape) for t in tensors
+        }
         self._stream.write(make_header(header))
+
+    @property
+    def writes(self) -> bool:
+        """Whether this slice writes the file, not another slice of the node."""
+        return self._stream is not None
 
     def add(self, data_B: Tensor) -> None:
         """Add the bytes of the next tensor.
@@ -180,13 +187,16 @@ def nbytes_of(tensors: Sequence[AnnouncedTensor]) -> list[int]:
     return [_nbytes(tensor) for tensor in tensors]
 
 
-def complete(file: Path, base: Checkpoint, tensors: Sequence[AnnouncedTensor]) -> bool:
+def complete(
+    file: Path, base: Checkpoint, tensors: Sequence[AnnouncedTensor], *, writes: bool
+) -> bool:
     """Whether the folder holds every tensor of the model; then it becomes a whole checkpoint.
 
     Args:
         file: the file that came last; another slice may still be giving it its name.
         base: the weights that serve.
         tensors: of the file.
+        writes: whether this slice writes the files of the node.
     """
     file_of_tensor = {tensor.name: file.name for tensor in tensors}
     for other in file.parent.glob("*.safetensors"):
@@ -194,10 +204,8 @@ def complete(file: Path, base: Checkpoint, tensors: Sequence[AnnouncedTensor]) -
             file_of_tensor.update(dict.fromkeys(read_header(other), other.name))
     if not set(file_of_tensor) >= set(base.stored):
         return False
-    index = json.dumps({"metadata": {}, "weight_map": file_of_tensor}).encode()
-    settings = (base.path / "config.json").read_bytes()
-    for name, content in ((INDEX_FILE, index), ("config.json", settings)):  # equal on all slices
-        part = file.with_name(f"{name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        part.rename(file.with_name(name))
+    if writes:
+        index = json.dumps({"metadata": {}, "weight_map": file_of_tensor})
+        file.with_name(INDEX_FILE).write_text(index)
+        shutil.copyfile(base.path / "config.json", file.with_name("config.json"))
     return True

@@ -89,7 +89,7 @@ class TrainerWeights:
                     group.broadcast(buffer_B[:size], tensor.name)
                     writer.add(buffer_B[:size])
             writer.finish()
-            return complete(file, base, command.tensors)
+            return complete(file, base, command.tensors, writes=writer.writes)
         except BaseException:
             writer.discard()
             self.close()

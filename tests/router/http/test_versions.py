@@ -23,6 +23,19 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": MESSAGES, "max_tokens": 4},
     COMPLETION: {"prompt": "the quick brown fox", "max_tokens": 4},
 }
+INIT: dict[str, dict[str, Any]] = {
+    "/init_weight_transfer_engine": {
+        "init_info": {
+            "master_address": "127.0.0.1",
+            "master_port": 9000,
+            "rank_offset": 1,
+            "world_size": 5,
+        }
+    }
+}
+UPDATE: dict[str, Any] = {
+    "update_info": {"names": ["x"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
+}
 OLD, NEW = "a" * 32, "b" * 32
 
 
@@ -150,7 +163,7 @@ async def test_tokens_of_logprobs_as_ids(stack: Stack, ask: httpx.AsyncClient) -
 async def test_development_paths_need_a_deployment_and_a_token(ask: httpx.AsyncClient) -> None:
     for path in PATHS:
         method = "GET" if path.startswith(("/is", "/get")) else "POST"
-        body = {"path": "/w"} if path == "/update_weights" else None
+        body = {"/update_weights": {"path": "/w"}, **INIT}.get(path)
         assert (await ask.request(method, path, json=body)).status_code == 401
         answer = await ask.request(method, path, json=body, headers={"authorization": "Bearer x"})
         assert answer.status_code == 403  # no deployment behind this gateway
@@ -188,3 +201,44 @@ async def test_development_paths_in_the_shapes_of_vllm(llama_tokenizer: Tokenize
         assert develop.calls[0][1] == {"model": "", "mode": "wait"}
         assert develop.calls[1][1] == {"model": "", "mode": "keep", "level": 2}
         assert (await client.post("/sleep?level=3")).status_code in (400, 422)
+
+
+async def test_a_trainers_paths_in_the_shapes_of_vllm() -> None:
+    from fastapi import FastAPI
+
+    from arriero.router.http import errors
+    from arriero.router.http.development import add_development
+
+    app, develop = FastAPI(), Develop()
+    errors.install(app)
+    add_development(app, develop)
+    headers = {"authorization": "Bearer right"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://t", headers=headers
+    ) as client:
+
+        async def post(path: str, body: Any = None) -> httpx.Response:  # noqa: ANN401
+            return await client.post(path, json=body)
+
+        answer = await post("/init_weight_transfer_engine", INIT["/init_weight_transfer_engine"])
+        assert answer.json() == {"message": "Weight transfer initialized"}
+        for body in (None, {"is_checkpoint_format": True}):
+            answer = await post("/start_weight_update", body)
+            assert answer.json() == {"message": "Weight update started"}
+        assert (await post("/update_weights", UPDATE)).json() == {"message": "Weights updated"}
+        answer = await post("/finish_weight_update", {"weight_version": 7})
+        assert answer.json()["message"] == "Weight update finished"
+        assert answer.json()["version"] == 3
+        actions = [action for action, _ in develop.calls]
+        assert actions[:5] == ["join", "start", "start", "announce", "receive"]
+        assert actions[5] == "finish" and develop.calls[5][1]["weight_version"] == "7"
+        info = json.loads(str(develop.calls[3][1]["info"]))
+        assert info["names"] == ["x"] and info["shapes"] == [[2, 3]]
+        wrong = {"update_info": UPDATE["update_info"] | {"shapes": []}}
+        assert (await post("/update_weights", wrong)).status_code == 400
+        wrong = {"update_info": UPDATE["update_info"], "path": "/w"}
+        assert (await post("/update_weights", wrong)).status_code == 400
+        assert (
+            await post("/start_weight_update", {"is_checkpoint_format": False})
+        ).status_code == 400

@@ -134,7 +134,7 @@ class Slices(FakeExecutor):
         self.rng, self.waiting, self.version = rng, [], "old"  # type: ignore[var-annotated]
 
     def change_weights(self, command: WeightsCommand) -> None:
-        in_flight = bool(self.results) and command.action is not WeightsAction.CHECK
+        in_flight = bool(self.results) and command.action.between_steps
         assert not in_flight, "slices change their weights between two steps"
         self.waiting.append(command)
 
