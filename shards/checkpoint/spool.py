@@ -7,6 +7,7 @@ come. Folders of versions before are deleted. Knows files; knows nothing of netw
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.protocol.trainer import AnnouncedTensor
 
 _MOST_LISTED = 5
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 
 
 def refuse_announced(base: Checkpoint, tensors: Sequence[AnnouncedTensor]) -> int:
@@ -41,11 +43,11 @@ def refuse_announced(base: Checkpoint, tensors: Sequence[AnnouncedTensor]) -> in
     problems, total = [], 0
     seen: set[str] = set()
     for tensor in tensors:
-        dtype = getattr(torch, tensor.dtype.removeprefix("torch."), None)
         where = f"tensor {tensor.name[:200]!r}"
-        if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
+        if tensor.dtype.removeprefix("torch.") not in _DTYPES:
             problems.append(f"{where}: dtype {tensor.dtype[:50]!r} is unknown")
             continue
+        dtype = _dtype(tensor)
         if tensor.name in seen:
             problems.append(f"{where}: is announced twice")
         elif tensor.name not in base.stored:
@@ -85,10 +87,11 @@ def _misfit(base: Checkpoint, tensor: AnnouncedTensor, dtype: torch.dtype) -> st
 
 
 def _nbytes(tensor: AnnouncedTensor) -> int:
-    count = getattr(torch, tensor.dtype.removeprefix("torch.")).itemsize
-    for size in tensor.shape:
-        count *= size
-    return int(count)
+    return math.prod(tensor.shape) * _dtype(tensor).itemsize
+
+
+def _dtype(tensor: AnnouncedTensor) -> torch.dtype:
+    return _DTYPES[tensor.dtype.removeprefix("torch.")]
 
 
 def prepare(file: Path, sources: Sequence[str], nbytes: int) -> None:
@@ -138,10 +141,7 @@ class SpoolWriter:
         except FileExistsError:  # another slice of this node writes
             return
         self._stream = os.fdopen(descriptor, "wb")
-        header = {
-            t.name: (getattr(torch, t.dtype.removeprefix("torch.")), t.shape) for t in tensors
-        }
-        self._stream.write(make_header(header))
+        self._stream.write(make_header({t.name: (_dtype(t), t.shape) for t in tensors}))
 
     @property
     def writes(self) -> bool:

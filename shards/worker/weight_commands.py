@@ -1,7 +1,7 @@
 """Runs the leader's commands on the weights of a rank.
 
-Checks and a trainer's broadcasts run in a thread and report later; release and load run between two steps and report at
-once. Knows the runner's methods; knows nothing of sockets.
+Checks and a trainer's broadcasts run in a thread and report later; release and load run between two
+steps and report at once. Knows the runner's methods; knows nothing of sockets.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from arriero.cluster import deployment_file as state
+from arriero.router.client.trainer import TrainerGroup
 from support import command
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -203,6 +204,11 @@ def test_answers_equal_those_of_a_fresh_start(folder: Path, pushed: Path, tmp_pa
     assert refused.returncode == 5 and "safetensors" in refused.stderr
     assert post(folder, "/update_weights", {"path": MODEL})["status"] == "updated"
     reset = asyncio.run(all_of(str(deployment.http)))
+    # the same weights from a trainer's process
+    with TrainerGroup(f"http://{deployment.http}", deployment.admin_token) as trainer:
+        trainer.push(load_file(pushed / "model.safetensors"), weight_version="7")
+    assert asyncio.run(all_of(str(deployment.http))) == after
+    arriero("weights", "reset", "demo", folder=folder)
     fresh = tmp_path / "fresh"
     try:
         up(fresh, pushed)

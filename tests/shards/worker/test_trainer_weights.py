@@ -88,7 +88,8 @@ class Trainer:
         self._runs.join(60)
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
 def test_tokens_are_those_of_a_fresh_start(tmp_path: Path, tp: int) -> None:
     for seed, name in enumerate(("a", "b")):
         tiny_llama(tmp_path / name, seed=seed)
