@@ -7,12 +7,16 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from arriero.shards.collectives.broadcast_group import bytes_of, lead_group
 from arriero.shards.config.group import GroupConfig
@@ -51,6 +55,16 @@ def change(group: Group, wanted: Change) -> HoldStatus:
     return group.engine.change(wanted).result(timeout=60)
 
 
+def plain_trainer(port: int, size: int, weights: Sequence[Tensor]) -> None:
+    """A trainer that has torch alone, as in docs/weights.md."""
+    store = TCPStore(HOST, port, size, is_master=True, wait_for_workers=False)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    group = dist.ProcessGroupGloo(PrefixStore("arriero-weights", store), 0, size, timeout)
+    for tensor in weights:
+        data_B = tensor.contiguous().reshape(-1).view(torch.uint8)
+        group.broadcast([data_B], dist.BroadcastOptions()).wait()
+
+
 def trainer(listening: socket.socket, size: int, weights: Sequence[Tensor], dies: bool) -> None:
     """The trainer's process: sends all tensors, or ends suddenly after them."""
     torch.set_num_threads(1)
@@ -64,7 +78,15 @@ def trainer(listening: socket.socket, size: int, weights: Sequence[Tensor], dies
 class Trainer:
     """A trainer in a thread, or in a process that dies after the first tensors."""
 
-    def __init__(self, group: Group, tp: int, weights: Sequence[Tensor], dies: bool) -> None:
+    def __init__(
+        self,
+        group: Group,
+        tp: int,
+        weights: Sequence[Tensor],
+        *,
+        dies: bool = False,
+        plain: bool = False,
+    ) -> None:
         listening = socket.create_server((HOST, 0))
         address = TrainerAddress(
             host=HOST,
@@ -74,11 +96,15 @@ class Trainer:
             timeout_s=TIMEOUT_S,
         )
         work = (listening, 1 + tp, weights, dies)
-        self._runs = (
-            context.Process(target=trainer, args=work)
-            if dies
-            else threading.Thread(target=trainer, args=work)
-        )
+        self._runs: threading.Thread | BaseProcess
+        if dies:
+            self._runs = context.Process(target=trainer, args=work)
+        elif plain:
+            listening.close()
+            work_of_plain = (address.port, 1 + tp, weights)
+            self._runs = threading.Thread(target=plain_trainer, args=work_of_plain)
+        else:
+            self._runs = threading.Thread(target=trainer, args=work)
         self._runs.start()
         if dies:
             listening.close()
@@ -90,7 +116,10 @@ class Trainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
-def test_tokens_are_those_of_a_fresh_start(tmp_path: Path, tp: int) -> None:
+def test_tokens_are_those_of_a_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     for seed, name in enumerate(("a", "b")):
         tiny_llama(tmp_path / name, seed=seed)
     new = load_file(tmp_path / "b" / "model.safetensors")
@@ -129,7 +158,7 @@ def test_tokens_are_those_of_a_fresh_start(tmp_path: Path, tp: int) -> None:
         assert tokens_of(group) == before and group.engine.holds.digest == "first"
 
         # the next one sends everything
-        second = Trainer(group, tp, list(new.values()), dies=False)
+        second = Trainer(group, tp, list(new.values()))
         file = str(spool / "2" / "part-1.safetensors")
         change(group, Change(kind=Kind.ANNOUNCE, tensors=announced(new), file=file))
         assert [folder.name for folder in spool.iterdir()] == ["2"], "the broken one is deleted"
@@ -140,7 +169,7 @@ def test_tokens_are_those_of_a_fresh_start(tmp_path: Path, tp: int) -> None:
         assert tokens_of(group) == fresh
         # one tensor more, on top
         extra = {name: load_file(tmp_path / "a" / "model.safetensors")[name]}
-        third = Trainer(group, tp, list(extra.values()), dies=False)
+        third = Trainer(group, tp, list(extra.values()), plain=True)
         file = str(spool / "3" / "part-1.safetensors")
         sources = (str(spool / "2"),)
         wanted = Change(kind=Kind.ANNOUNCE, tensors=announced(extra), file=file, sources=sources)
