@@ -218,8 +218,9 @@ async def _count(
     try:
         verdict = await judging
         outcome = "unsafe" if verdict.flagged else "safe"
-    except (asyncio.CancelledError, *uncounted):
-        counted = None
+    except BaseException as error:
+        if isinstance(error, (asyncio.CancelledError, *uncounted)):
+            counted = None
         raise
     finally:
         if counted is not None:

@@ -44,7 +44,7 @@ class BroadcastGroup:
         self, store: Store, rank: int, world_size: int, address: str, timeout_s: float
     ) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = self._timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         self._store = store  # the trainer serves it as long as it lives
@@ -75,7 +75,7 @@ class BroadcastGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = TRAINER, 0, self._timeout
         try:
-            self._group.broadcast([data_B], options).wait()
+            self._group.broadcast([data_B], options).wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
             self.close()
             raise CheckpointError(
