@@ -83,9 +83,10 @@ def undeploy(*, force: bool = False) -> None:
 
     from arriero.cluster.control import state_store
     from arriero.cluster.control.applications import is_ours
-    from arriero.cluster.hosts import ray_private
+    from arriero.cluster.control.received_folders import delete_on_nodes, folders_to_delete
+    from arriero.cluster.hosts import kv_store, ray_private
     from arriero.cluster.registry import registry
-    from arriero.cluster.replica import response_archive
+    from arriero.cluster.replica import response_archive, weight_actions
 
     quiet_serve()
     with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
@@ -98,6 +99,8 @@ def undeploy(*, force: bool = False) -> None:
     for actor in (registry.NAME, response_archive.NAME):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(actor, namespace=registry.NAMESPACE))
+    pushed = kv_store.get(weight_actions.STORED, dict[str, weight_actions.WantedWeights])
+    delete_on_nodes(folders_to_delete(pushed or {}))
     clear_store()
 
 

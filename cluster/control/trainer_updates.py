@@ -7,14 +7,12 @@ memory of their nodes, which a push then names. Knows leaders and paths; knows n
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from arriero.cluster.control import received_folders
 from arriero.cluster.control.weight_admin import WeightAdmin
 from arriero.cluster.registry.snapshot import GroupEntry
 from arriero.cluster.replica.weight_actions import WeightReport
@@ -25,7 +23,6 @@ from arriero.shards.errors import CheckpointError, InvalidRequest
 from arriero.shards.protocol.trainer import AnnouncedTensor, TrainerAddress
 
 ACTIONS = ("join", "start", "announce", "receive", "finish")
-_MEMORY = "/dev/shm"
 _INIT = "call /init_weight_transfer_engine"
 
 
@@ -78,7 +75,8 @@ class TrainerUpdates:
         entries = await self._joined(model)
         update = self._updates[model]
         if action == "start":
-            update.folder = _folder(model, self._weights.path(model))
+            versions = received_folders.folder_of(model, self._weights.path(model))
+            update.folder = versions / secrets.token_hex(6)
             update.num_files, update.whole = 0, False
             return f"{model}: an update has begun"
         if update.folder is None:
@@ -201,11 +199,3 @@ class TrainerUpdates:
                 raise CheckpointError(f"group {entry.group_id}: {error}")
             reports.append(answer)
         return reports
-
-
-def _folder(model: str, path: str) -> Path:
-    """A new folder for the tensors of an update, in the memory of every node."""
-    root = Path(_MEMORY if os.path.isdir(_MEMORY) else "/tmp")
-    digest = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", model)[:64]
-    return root / f"arriero-weights-{os.getuid()}" / f"{name}-{digest}" / secrets.token_hex(6)

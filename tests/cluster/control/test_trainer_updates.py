@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from fastapi import FastAPI
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.cluster.control import trainer_updates, weight_admin
+from arriero.cluster.control import received_folders, weight_admin
 from arriero.cluster.control.desired_state import ModelState, OperatorState, Revision
 from arriero.cluster.control.hold_calls import _state
 from arriero.cluster.control.trainer_updates import ACTIONS, TrainerUpdates
@@ -159,7 +160,7 @@ def test_a_trainer_pushes_to_two_groups(tmp_path: Path, monkeypatch: pytest.Monk
     new = load_file(tmp_path / "b" / "model.safetensors")
     memory = tmp_path / "memory"
     memory.mkdir()
-    monkeypatch.setattr(trainer_updates, "_MEMORY", str(memory))
+    monkeypatch.setattr(received_folders, "MEMORY", memory)
     monkeypatch.setattr(weight_admin.kv_store, "put", lambda *_: None)
     with contextlib.ExitStack() as stack:
         fresh = tokens_of(stack.enter_context(running(config_of(tmp_path / "b"))))
@@ -187,6 +188,12 @@ def test_a_trainer_pushes_to_two_groups(tmp_path: Path, monkeypatch: pytest.Monk
         trainer.push(new | {NAME: new[NAME] * 2})
         kept = {file.parent.name for file in memory.rglob("*.safetensors")}
         assert len(kept) == 2 and Path(sources[0]).name in kept, "at most two versions"
+        stored = operator.state.models["m"].weights
+        assert stored is not None
+        (folder,) = received_folders.folders_to_delete({"m": stored})
+        assert folder == str(Path(sources[0]).parent)
+        pushed = replace(stored, sources=("/models/step-400",))
+        assert not received_folders.folders_to_delete({"m": pushed})
 
 
 def _refusals(url: str, trainer: TrainerGroup, new: Mapping[str, Tensor]) -> None:
