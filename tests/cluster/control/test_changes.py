@@ -28,6 +28,7 @@ from arriero.cluster.control.node_drain import Node
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import GroupSeat, Phase, Stop, reconcile
 from arriero.cluster.control.state_store import StateStore
+from arriero.cluster.control.weight_admin import WeightAdmin
 from arriero.cluster.hosts import kv_store, ray_private
 from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.spec.deployment import DeploymentSpec
@@ -134,7 +135,8 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: A
             on_change=lambda: None,
             on_count_settings=lambda model: None,
         )
-        server = AdminServer(store, view, changes, registry, AdapterAdmin(store, registry))  # type: ignore[arg-type]
+        admins = AdapterAdmin(store, registry), WeightAdmin(store, registry)  # type: ignore[arg-type]
+        server = AdminServer(store, view, changes, registry, *admins)  # type: ignore[arg-type]
         address = await server.start("127.0.0.1", 0, None)
         try:
             yield Deployed(store, view, registry, address, nodes, spec)

@@ -19,7 +19,13 @@ from tokenizers import Tokenizer
 from arriero.router import templates
 from arriero.router.gateway import GatewayConfig, GroupAddress
 from arriero.router.http import app as app_module
-from arriero.router.http import cache_fields, cache_hints, completion_calls, translate
+from arriero.router.http import (
+    cache_fields,
+    cache_hints,
+    completion_calls,
+    token_fields,
+    translate,
+)
 from arriero.router.http import request_schemas as bodies
 from arriero.shards.engine.types import EngineRequest
 from support.eventually import eventually_async
@@ -530,9 +536,8 @@ async def test_every_field_of_the_api_is_honoured_or_refused_by_name(
 
         path, body, least = "/v1/completions", bodies.CompletionBody, {"prompt": "a"}
     fields = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
-    read = "".join(
-        map(inspect.getsource, (translate, app_module, completion_calls, cache_hints, cache_fields))
-    )
+    modules = (translate, app_module, completion_calls, cache_hints, cache_fields, token_fields)
+    read = "".join(map(inspect.getsource, modules))
     unread = {name for name in body.model_fields if not re.search(rf"\b{name}\b", read)}
     assert unread <= {"best_of"}  # only as much as `n`, which the schema says
     assert fields <= set(body.model_fields) | set(body.others), "a field in no class"

@@ -164,16 +164,16 @@ def test_a_withdrawn_adapter_stays_until_its_requests_have_ended() -> None:
         run.step()
     run.scheduler.adapters.withdraw("a")
     assert "a" not in run.scheduler.adapters.offered
-    assert run.scheduler.adapters.in_slots == ("a",)
+    assert run.scheduler.adapters.stats.in_slots == ("a",)
     run.finish(100)
     assert run.reason("r") == "length"
     run.step()
-    assert run.scheduler.adapters.in_slots == () and not run.executor.host
+    assert run.scheduler.adapters.stats.in_slots == () and not run.executor.host
 
 
 def test_listed_adapters_without_slots_are_where_they_always_were() -> None:
     residency = AdapterResidency(None, [("x", "/x"), ("y", "/y")], 1)
-    assert not residency.has_any and set(residency.in_slots) == {"x", "y"}
+    assert not residency.has_any and set(residency.stats.in_slots) == {"x", "y"}
     assert [residency.slot_for(digest) for digest in ("y", "x", "y")] == [1, 0, 1]
     residency.enter("y", 1)
     assert residency.take_changes() == []
