@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from arriero.shards.checkpoint.overlay import open_weights
 from arriero.shards.collectives.broadcast_group import bytes_of, lead_group
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
@@ -184,3 +185,10 @@ def test_tokens_are_those_of_a_fresh_start(
     save_file({**new, **extra}, tmp_path / "mixed" / "model.safetensors")
     with running(config_of(tmp_path / "mixed", 1)) as group:
         assert tokens_of(group) == mixed
+
+
+def test_a_node_without_the_files_says_so(tmp_path: Path) -> None:
+    """A group that starts where no slice has received the weights."""
+    tiny_llama(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="spool/2: is not on this node"):
+        open_weights(str(tmp_path / "a"), (str(tmp_path / "spool" / "2"),))
