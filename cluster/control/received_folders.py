@@ -60,7 +60,9 @@ def delete_on_nodes(folders: Iterable[str]) -> None:
 
 async def _delete_on_nodes(folders: list[str]) -> None:
     node_ids = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    work = (nodes.run_on(node_id, _delete, folders) for node_id in node_ids)
+    own = ray.get_runtime_context().get_node_id()
+    _delete(folders)  # at once: a worker of a busy node takes seconds to start
+    work = (nodes.run_on(node_id, _delete, folders) for node_id in node_ids if node_id != own)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LIMIT_S):
             await asyncio.gather(*work, return_exceptions=True)
