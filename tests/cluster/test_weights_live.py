@@ -126,6 +126,7 @@ async def under_load(folder: Path, pushed: Path) -> tuple[Load, float, float]:
         await asyncio.sleep(0.1)
     load.stopping = True
     await asyncio.gather(*tasks)
+    await load.client.close()
     return load, begun_s, ended_s
 
 
@@ -177,7 +178,8 @@ def test_answers_equal_those_of_a_fresh_start(folder: Path, pushed: Path, tmp_pa
 
     async def all_of(http: str) -> list[str]:
         load = Load(http)
-        return [(await load.ask(number))[0] for number in range(4)]
+        async with load.client:
+            return [(await load.ask(number))[0] for number in range(4)]
 
     after = asyncio.run(all_of(str(deployment.http)))
     before = memory(folder)
