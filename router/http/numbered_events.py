@@ -2,7 +2,8 @@
 
 The id of an event is the answer's id and the position after the event: of each choice the number of
 tokens, with an `f` once the choice has finished: `chatcmpl-1f:17,9f`. The last text and the finish
-reason of a choice may be two events; the id of the first has a `t`. Knows messages and positions;
+reason of a choice may be two events; the id of the first has a `t`. The role is an event before the
+first text; its id has the position before this text and an `r`. Knows messages and positions;
 knows nothing of the JSON inside an event and of the storage of streams.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arriero.router.http.answers import Encoder
@@ -21,7 +22,7 @@ from arriero.shards.errors import InvalidRequest
 Json = dict[str, Any]
 _END = b"\n\n"
 """End of a server-sent event; JSON inside an event has no line breaks."""
-_ID = re.compile(r"((?:chat)?cmpl-[0-9a-f]{1,64}):(\d{1,9}[ft]?(?:,\d{1,9}[ft]?){0,4095})")
+_ID = re.compile(r"((?:chat)?cmpl-[0-9a-f]{1,64}):(\d{1,9}[ftr]?(?:,\d{1,9}[ftr]?){0,4095})")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -32,11 +33,13 @@ class ChoicePosition:
         tokens: number of tokens.
         finished: the finish reason is sent.
         all_text: all text is sent, and the finish reason is not.
+        role: the role is sent, and no text.
     """
 
     tokens: int = 0
     finished: bool = False
     all_text: bool = False
+    role: bool = False
 
     @property
     def given(self) -> int:
@@ -48,8 +51,19 @@ class ChoicePosition:
         """The position between the last text and the finish reason."""
         return ChoicePosition(self.tokens, all_text=True)
 
+    @property
+    def with_role(self) -> ChoicePosition:
+        """The position after the role, which comes before the first text."""
+        return ChoicePosition(self.tokens, role=True)
+
+    @property
+    def without_role(self) -> ChoicePosition:
+        """The position at the end of a message: the role is sent with the next one."""
+        return replace(self, role=False)
+
     def __str__(self) -> str:
-        return f"{self.tokens}{'f' if self.finished else 't' if self.all_text else ''}"
+        mark = "f" if self.finished else "t" if self.all_text else "r" if self.role else ""
+        return f"{self.tokens}{mark}"
 
 
 Position = tuple[ChoicePosition, ...]
@@ -74,7 +88,7 @@ def read_id(event_id: str, num_choices: int | None = None) -> tuple[str, Positio
             "event that was received",
         )
     position = tuple(
-        ChoicePosition(int(part.rstrip("ft")), part.endswith("f"), part.endswith("t"))
+        ChoicePosition(int(part.rstrip("ftr")), *(part.endswith(mark) for mark in "ftr"))
         for part in match[2].split(",")
     )
     if num_choices is not None and len(position) != num_choices:
@@ -155,12 +169,13 @@ def reaches(
     if any(goal < begun for begun, goal in zip(start, target, strict=True)):
         return False
     progress = Progress(origin(len(target)), n)
-    missing = {choice for choice, goal in enumerate(target) if goal != ChoicePosition()}
+    goals = [goal.without_role for goal in target]
+    missing = {choice for choice, goal in enumerate(goals) if goal != ChoicePosition()}
     for number, message in messages:
         for sample, _, made in parts(message):
             choice = progress.add(number, sample, made)
             position = progress.position[choice]
-            if target[choice] in (position, position.before_reason if position.finished else None):
+            if goals[choice] in (position, position.before_reason if position.finished else None):
                 missing.discard(choice)
     return not missing
 
@@ -185,16 +200,14 @@ class NumberedEvents:
             self._encoder.encoded(number, pb.GenerateResponse(start=message.start))
         events = []
         for sample, part, made in parts(message):
+            before = self._progress.position
             choice = self._progress.add(number, sample, made)
             if not shows(part):
                 continue
-            *texts, last = self._encoder.encoded(number, part).split(_END)[:-1] or [b""]
+            encoded = self._encoder.encoded(number, part).split(_END)[:-1]
             after = self._progress.position
-            for event, position in (
-                *((text, after[choice].before_reason) for text in texts),
-                (last, after[choice]),
-            ):
-                if event and position > self._received[choice]:
+            for event, position in _numbered(encoded, before[choice], after[choice]):
+                if position > self._received[choice]:
                     ids = (*after[:choice], position, *after[choice + 1 :])
                     events.append(b"id: " + self._event_id(ids) + b"\n" + event + _END)
         return b"".join(events)
@@ -213,3 +226,18 @@ class NumberedEvents:
 
     def _event_id(self, position: Position) -> bytes:
         return f"{self._id}:{','.join(map(str, position))}".encode("ascii")
+
+
+def _numbered(
+    encoded: Sequence[bytes], before: ChoicePosition, after: ChoicePosition
+) -> Iterator[tuple[bytes, ChoicePosition]]:
+    """The events of one part of a choice, and the position of each.
+
+    Args:
+        encoded: at most three: the role, the text and the finish reason.
+        before: position before the part.
+        after: position after the part.
+    """
+    if encoded:
+        ends = (after.before_reason, after) if after.finished else (after,)
+        yield from zip(encoded, (before.with_role, *ends)[-len(encoded) :], strict=True)

@@ -225,13 +225,25 @@ class ChatCompletion:
 
 
 def _apart(choice: Json) -> list[Json]:
-    """The finish reason in a chunk of its own, as clients expect that read no text beside it."""
-    if not choice["delta"] or choice["finish_reason"] is None:
-        return [choice]
-    end = {"index": choice["index"], "delta": {}, "logprobs": None}
+    """The role before the rest and the finish reason after it, each in a chunk of its own.
+
+    Clients expect both so: some read no text and no tool call beside a role or a reason.
+    """
+    delta, reason = choice["delta"], choice["finish_reason"]
+    rest = {name: value for name, value in delta.items() if name != "role"}
+    empty: Json = {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": None}
     if "token_ids" in choice:
-        end["token_ids"] = []
-    return [choice | {"finish_reason": None}, end | {"finish_reason": choice["finish_reason"]}]
+        empty["token_ids"] = []
+    chunks = []
+    if "role" in delta:
+        chunks.append(empty | {"delta": {"role": delta["role"], "content": ""}})
+        if rest["content"] == "":
+            del rest["content"]
+    if rest or choice["logprobs"] or choice.get("token_ids"):
+        chunks.append(choice | {"delta": rest, "finish_reason": None})
+    if reason is not None:
+        chunks.append(empty | {"finish_reason": reason})
+    return chunks or [choice]
 
 
 def _call(call_id: str, call: pb.ToolCall | ToolCall) -> Json:

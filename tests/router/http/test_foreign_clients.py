@@ -22,13 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(INSTALL_S + 200)]
 
 async def test_instructor(llama_tokenizer: Tokenizer) -> None:
     python = python_with("instructor", "instructor>=1.11")
-    call = json.dumps({"name": "Report", "parameters": json.loads(REPORT)})
     script = str(CLIENTS / "instructor_client.py")
     report = json.loads(REPORT)
-    for modes, said in ((["TOOLS", "TOOLS_STRICT"], call), (["JSON_SCHEMA"], REPORT)):
-        async with scripted(llama_tokenizer, first=said) as stack:
-            told = await run([*python, script, base_url(stack), *modes])
-        assert told == {mode: [report, report] for mode in modes}
+    for form, tool in (("whole", "Report"), ("parts", "PartialReport")):
+        call = json.dumps({"name": tool, "parameters": report})
+        for modes, said in ((["TOOLS", "TOOLS_STRICT"], call), (["JSON_SCHEMA"], REPORT)):
+            async with scripted(llama_tokenizer, first=said) as stack:
+                told = await run([*python, script, base_url(stack), form, *modes])
+            assert told == dict.fromkeys(modes, report), form
 
 
 async def test_llama_index(llama_tokenizer: Tokenizer) -> None:

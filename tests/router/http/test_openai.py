@@ -122,6 +122,8 @@ async def test_stream_adds_up_to_the_whole(llama_tokenizer: Tokenizer) -> None:
                 said[choice.index] += choice.delta.content or ""
                 reasons[choice.index] = choice.finish_reason or reasons[choice.index]
         assert tuple(said) == texts and reasons == ["stop", "stop"]
+        roles = [c for chunk in chunks for c in chunk.choices if c.delta.role is not None]
+        assert [(c.delta.role, c.delta.content) for c in roles] == [("assistant", "")] * 2
         assert chunks[0].choices[0].delta.role == "assistant"
         assert chunks[-1].choices == [] and chunks[-1].usage is not None
         assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -431,5 +431,6 @@ def test_ids_are_read() -> None:
     finished, all_text = ChoicePosition(9, finished=True), ChoicePosition(4, all_text=True)
     expected = (ChoicePosition(17), finished, all_text)
     assert read_id("chatcmpl-1f:17,9f,4t") == ("chatcmpl-1f", expected)
+    assert read_id("cmpl-1f:0r") == ("cmpl-1f", (ChoicePosition(role=True),))
     with pytest.raises(InvalidRequest, match="names 2 choices"):
         read_id("cmpl-1f:17,9f", 3)

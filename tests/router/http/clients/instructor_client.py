@@ -1,6 +1,6 @@
 """instructor: a parsed object from a forced call, from a JSON schema, and streamed in parts.
 
-Usage: instructor_client.py BASE_URL MODE…; prints what came as JSON.
+Usage: instructor_client.py BASE_URL whole|parts MODE…; prints what came as JSON.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ class Report(BaseModel):
 def main() -> None:
     given = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0)
     told = {}
-    for name in sys.argv[2:]:
+    for name in sys.argv[3:]:
         client = instructor.from_openai(given, mode=instructor.Mode[name])
-        report = client.chat.completions.create(
-            model="tiny", messages=QUESTION, response_model=Report, max_retries=0
-        )
-        parts = client.chat.completions.create_partial(
-            model="tiny", messages=QUESTION, response_model=Report, max_retries=0
-        )
-        *_, last = parts
-        told[name] = [report.model_dump(), last.model_dump()]
+        if sys.argv[2] == "whole":
+            report = client.chat.completions.create(
+                model="tiny", messages=QUESTION, response_model=Report, max_retries=0
+            )
+        else:
+            parts = client.chat.completions.create_partial(
+                model="tiny", messages=QUESTION, response_model=Report, max_retries=0
+            )
+            *_, report = parts
+        told[name] = report.model_dump()
     print(json.dumps(told))
 
 
