@@ -15,6 +15,7 @@ from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.planner.capacity_check import (
     WantedGroups,
     check_gateways,
+    check_prompt_guard,
     most_groups,
     refuse_beyond,
 )
@@ -35,7 +36,7 @@ class RoomCheck:
     async def refuse(
         self, spec: DeploymentSpec, models: Iterable[ModelSpec], counts: Mapping[str, int]
     ) -> None:
-        """Refuse groups that the cluster can never hold.
+        """Refuse groups, gateways and a new Prompt Guard that the cluster can never hold.
 
         Args:
             spec: the spec after the change; decides the CPUs of a slice on a local cluster.
@@ -50,8 +51,11 @@ class RoomCheck:
             capacity = self._store.read_capacity(spec)
             wanted = [WantedGroups.of(model, counts[model.name], capacity) for model in models]
             refuse_beyond(capacity, wanted, self._store.wanted_groups())
-            if spec.gateway.count > self._store.spec.gateway.count:
+            gateway, before = spec.gateway, self._store.spec.gateway
+            if gateway.count > before.count:
                 check_gateways(spec, len(capacity.nodes))
+            if gateway.prompt_guard is not None and gateway.prompt_guard != before.prompt_guard:
+                check_prompt_guard(wanted, gateway.count, capacity)
 
         await asyncio.to_thread(check)
 

@@ -12,6 +12,7 @@ from typing import Any
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.label_selector import node_matches
 from arriero.cluster.spec.model import ModelSpec
+from arriero.cluster.spec.safety import PromptGuardSpec
 from arriero.shards.errors import SpecError
 
 SERVICE_CPUS = 0.01
@@ -31,6 +32,7 @@ class ClusterCapacity:
         nodes: all resources of each node that is alive, free or not.
         node_ids: Ray's ids of these nodes; empty where they do not matter.
         node_labels: labels of these nodes; empty where they are not known.
+        prompt_guard: Prompt Guard's processes, which take CPUs beside the groups; None for none.
     """
 
     num_cpus: float
@@ -39,6 +41,7 @@ class ClusterCapacity:
     nodes: tuple[Mapping[str, float], ...] = ()
     node_ids: tuple[str, ...] = ()
     node_labels: tuple[Mapping[str, str], ...] = ()
+    prompt_guard: PromptGuardSpec | None = None
 
     @classmethod
     def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
@@ -68,15 +71,20 @@ class ClusterCapacity:
         surge = max(model.mesh.num_slices for model in spec.models)
         num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
         prompt_guard = spec.gateway.prompt_guard
-        guard_cpus = 0.0 if prompt_guard is None else prompt_guard.all_cpus
-        slice_cpus = num_cpus - guard_cpus - SERVICE_CPUS * num_services
+        slice_cpus = num_cpus - _cpus(prompt_guard) - SERVICE_CPUS * num_services
         share = max(_LEAST_CPUS, int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3)
         return cls(
             num_cpus=num_cpus,
             num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
             cpus_per_slice=1.0 if shared else min(1.0, share),
             nodes=tuple(nodes),
+            prompt_guard=prompt_guard,
         )
+
+    @property
+    def prompt_guard_cpus(self) -> float:
+        """Logical CPUs of all processes of Prompt Guard."""
+        return _cpus(self.prompt_guard)
 
     def without(self, node_ids: Sequence[str]) -> ClusterCapacity:
         """The capacity for groups when some nodes take none; a slice keeps its share of CPUs."""
@@ -179,6 +187,10 @@ class PlacementBundles:
             return {}
         selectors = [selector] * (1 + self.count)
         return {"placement_group_bundle_label_selector": selectors}
+
+
+def _cpus(prompt_guard: PromptGuardSpec | None) -> float:
+    return 0.0 if prompt_guard is None else prompt_guard.all_cpus
 
 
 def _num_slices(model: ModelSpec) -> int:

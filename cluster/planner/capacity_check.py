@@ -1,7 +1,7 @@
 """The number of groups that the cluster can hold; refuses a change that asks for more. Sans-I/O.
 
-Counts all resources of the nodes, free or not: groups that run make room for others, and other
-applications end. A count is therefore an upper limit; of memory it counts only what the plan of a
+Counts all resources of the nodes, free or not, without the CPUs of Prompt Guard: groups that run
+make room for others, and other applications end. A count is therefore an upper limit; of memory it counts only what the plan of a
 group knows to the byte (`group_memory`). Knows resources of nodes and of groups; knows nothing of
 running groups.
 """
@@ -9,7 +9,7 @@ running groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
 from arriero.cluster.planner.group_memory import GroupMemory, group_memory
@@ -72,6 +72,8 @@ def most_groups(
     for name, amount in _resources(model, capacity).items():
         total = sum(node.get(name, 0.0) for node in capacity.nodes)
         left = total - sum(count * resources.get(name, 0.0) for resources, count in taken)
+        if name == "CPU":
+            left -= capacity.prompt_guard_cpus
         by_sum.append(int(left / amount + _ROUNDING))
     used = sum(
         other.count * sum(bundle_bytes(other.model, other.memory, capacity)) for other in others
@@ -119,7 +121,7 @@ def refuse_beyond(
         labelled = capacity.labelled(entry.model)
         if entry.count and capacity.nodes and not labelled.nodes:
             raise SpecError(_no_label(entry.model, capacity))
-        if entry.count and not most_groups(entry.model, capacity):
+        if entry.count and not most_groups(entry.model, replace(capacity, prompt_guard=None)):
             raise SpecError(_no_group(entry.model, capacity))
         bundle = _bundle(entry.model, capacity, entry.memory)
         if entry.count and groups_by_memory(bundle, labelled.nodes) == 0:
@@ -137,18 +139,24 @@ def refuse_spec(spec: DeploymentSpec, capacity: ClusterCapacity) -> None:
         SpecError: names the model, the field, its value, the limit and a remedy.
     """
     wanted = [WantedGroups.of(model, model.groups, capacity) for model in spec.models]
-    refuse_beyond(capacity, wanted, [])
+    refuse_beyond(replace(capacity, prompt_guard=None), wanted, [])
     check_gateways(spec, len(capacity.nodes))
-    _check_prompt_guard(spec, capacity)
+    check_prompt_guard(wanted, spec.gateway.count, capacity)
 
 
-def _check_prompt_guard(spec: DeploymentSpec, capacity: ClusterCapacity) -> None:
-    """Refuse processes of Prompt Guard that do not fit beside the groups."""
-    guard = spec.gateway.prompt_guard
+def check_prompt_guard(
+    wanted: Iterable[WantedGroups], num_gateways: int, capacity: ClusterCapacity
+) -> None:
+    """Refuse processes of Prompt Guard that do not fit beside the groups and the gateways.
+
+    Raises:
+        SpecError: names the fields, their values, the CPUs that are left and a remedy.
+    """
+    guard = capacity.prompt_guard
     if guard is None:
         return
-    groups = sum(model.groups * _resources(model, capacity)["CPU"] for model in spec.models)
-    left = capacity.num_cpus - groups - SERVICE_CPUS * spec.gateway.count
+    groups = sum(entry.count * _resources(entry.model, capacity)["CPU"] for entry in wanted)
+    left = capacity.num_cpus - groups - SERVICE_CPUS * num_gateways
     by_nodes = _num_bundles({"CPU": guard.cpus}, capacity)
     if guard.replicas > by_nodes or guard.all_cpus > left + _ROUNDING:
         raise SpecError(
@@ -236,10 +244,13 @@ def _no_group(model: ModelSpec, capacity: ClusterCapacity) -> str:
 def _too_many(entry: WantedGroups, most: int, capacity: ClusterCapacity) -> str:
     model = entry.model
     remedy = f"lower `groups` to {most} or less" if most else "lower the groups of other models"
+    guard = capacity.prompt_guard
+    beside = "" if guard is None else f" beside the {guard.all_cpus:g} CPUs of Prompt Guard"
+    less = "" if guard is None else ", lower `gateway.prompt_guard.replicas` or `cpus`"
     return (
         f"model `{model.name}`: `groups`={entry.count} exceeds {most}, the number that the"
-        f" {len(capacity.nodes)} nodes of the cluster hold ({_needs(model, capacity)}"
-        f"{_memory_words(entry, capacity)}); {remedy}, or add nodes"
+        f" {len(capacity.nodes)} nodes of the cluster hold{beside} ({_needs(model, capacity)}"
+        f"{_memory_words(entry, capacity)}); {remedy}{less}, or add nodes"
     )
 
 

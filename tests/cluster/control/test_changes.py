@@ -107,7 +107,8 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: A
 
     def capacity(spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
         capacity = ClusterCapacity(num_cpus=8, num_gpus=0, cpus_per_slice=1.0, nodes=tuple(nodes))
-        return replace(capacity, node_ids=tuple(ids))
+        prompt_guard = spec.gateway.prompt_guard
+        return replace(capacity, node_ids=tuple(ids), prompt_guard=prompt_guard)
 
     async def digest(model: object, *, check: bool = True) -> str:
         return "d1"
@@ -178,6 +179,22 @@ async def test_a_rollout_that_fits(deployed: Any) -> None:  # noqa: ANN401
     async with deployed() as now:
         assert "revision 2" in await now.rollout(mesh={"pp": 2}, groups=2)
         assert now.store.state.models["m"].count == 2
+
+
+async def test_prompt_guard_takes_room_from_the_groups(deployed: Any) -> None:  # noqa: ANN401
+    async with deployed() as now:
+        folder = now.spec["models"][0]["path"]
+        for replicas, cpus, words in (
+            (7, 1, "`replicas`=7 with `cpus`=1 do not fit .* leave 6.98 CPUs"),
+            (1, 5, "`replicas`=1 with `cpus`=5 do not fit"),
+        ):
+            guard = {"path": folder, "replicas": replicas, "cpus": cpus}
+            now.spec["gateway"] = {"prompt_guard": guard}
+            with pytest.raises(InvalidRequest, match=words):
+                await now.rollout()
+        now.spec["gateway"] = {"prompt_guard": {"path": folder, "replicas": 3}}
+        with pytest.raises(InvalidRequest, match="`groups`=6 exceeds 5, .* 3 CPUs of Prompt Guard"):
+            await now.rollout(groups=6)
 
 
 async def test_scale_ends_at_the_room(deployed: Any) -> None:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from arriero.cluster.planner.capacity_check import (
     most_groups,
     refuse_beyond,
 )
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
+from arriero.cluster.spec.safety import PromptGuardSpec
 from arriero.shards.errors import SpecError
 
 
@@ -77,6 +80,38 @@ def test_a_wrong_selector_is_refused_in_the_spec() -> None:
 def test_other_models_take_room() -> None:
     other = wanted(2, model("other", mesh={"pp": 2}))
     assert most_groups(model(), cluster(4.1, 4.1), [other]) == 4
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cpus", "most"), [(1, 1.0, 7), (2, 1.0, 6), (2, 0.5, 7), (4, 2.0, 0)]
+)
+def test_prompt_guard_takes_room(replicas: int, cpus: float, most: int) -> None:
+    guard = PromptGuardSpec(path=Path("/p"), replicas=replicas, cpus=cpus)
+    capacity = replace(cluster(4.1, 4.1), prompt_guard=guard)
+    assert most_groups(model(), capacity) == most
+    assert can_hold(model(), capacity) == bool(most)
+    with pytest.raises(SpecError) as refused:
+        refuse_beyond(capacity, [wanted(8)], [wanted(1)])
+    words = str(refused.value)
+    assert f"hold beside the {replicas * cpus:g} CPUs of Prompt Guard (a group needs 1 x" in words
+    assert words.endswith("lower `gateway.prompt_guard.replicas` or `cpus`, or add nodes")
+    refuse_beyond(capacity, [wanted(most)], [wanted(1)])
+
+
+def test_prompt_guard_takes_no_gpus() -> None:
+    spec = model(device="cuda", mesh={"tp": 2})
+    guard = PromptGuardSpec(path=Path("/p"), replicas=3)
+    assert most_groups(spec, replace(cluster(32, 32, gpus=4), prompt_guard=guard)) == 4
+
+
+def test_prompt_guard_of_the_spec_is_counted() -> None:
+    gateway = {"prompt_guard": {"path": "/p", "replicas": 3, "cpus": 2}}
+    spec = DeploymentSpec.model_validate({"models": [model().model_dump()], "gateway": gateway})
+    capacity = ClusterCapacity.of_nodes(spec, [{"CPU": 10.1}], shared=True)
+    assert capacity.prompt_guard_cpus == 6
+    assert most_groups(model(), capacity) == 4
+    part = replace(capacity, node_ids=("a",)).without(["b"])
+    assert most_groups(model(), part) == 4, "also beside drained nodes"
 
 
 def test_too_few_gpus_hold_nothing() -> None:
