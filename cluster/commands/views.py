@@ -21,11 +21,13 @@ _STYLES = {
 
 
 def status_view(status: pb.Status) -> RenderableType:
-    """Gateways, models, groups and the latest failures."""
+    """Gateways, Prompt Guard, models, groups and the latest failures."""
     addresses = ", ".join(gateway.address for gateway in status.gateways) or "none"
     parts: list[RenderableType] = [Text(f"gateways: {addresses}")]
     if http := [gateway.http for gateway in status.gateways if gateway.http]:
         parts.append(Text(f"HTTP: {', '.join(http)}"))
+    if status.HasField("prompt_guard"):
+        parts.append(Text(_prompt_guard(status.prompt_guard)))
     for model in status.models:
         state = "as desired" if model.settled else "changing"
         text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
@@ -65,6 +67,14 @@ def status_view(status: pb.Status) -> RenderableType:
             recovery = f" (served again after {failure.recovered_s:.1f} s)"
         parts.append(Text(f"{failure.who} failed: {failure.cause}{recovery}"))
     return Group(*parts)
+
+
+def _prompt_guard(guard: pb.PromptGuardStatus) -> str:
+    """The processes of Prompt Guard, in words."""
+    text = f"Prompt Guard: {guard.running} of {guard.replicas} processes run"
+    if not guard.running:
+        text += "; `on_loss` of each policy decides"
+    return text + (f": {guard.text}" if guard.text else "")
 
 
 def _rollout(model: pb.ModelStatus) -> str:

@@ -35,6 +35,7 @@ from arriero.cluster.control.changes import DeploymentChanges
 from arriero.cluster.control.credentials import Credentials
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.kv_admin_client import ask_all, check_kv
+from arriero.cluster.control.prompt_guard_status import fill_prompt_guard
 from arriero.cluster.control.reconcile import Phase, settled
 from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.control.weight_admin import WeightAdmin
@@ -220,6 +221,7 @@ class AdminServer:
         status.failures.extend(map(_failure, snapshot.failures))
         drained = self._store.state.drained_nodes
         status.nodes.extend(node_statuses(await read_nodes(), drained, snapshot))
+        await fill_prompt_guard(status, self._store.spec)
         return status
 
     async def events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:

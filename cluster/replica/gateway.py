@@ -33,11 +33,14 @@ from arriero.cluster.replica.response_archive import RemoteArchive
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.router.gateway import Gateway, GroupAddress
+from arriero.router.guards.injections import PROMPT_GUARD
 from arriero.shards.errors import CheckpointError, SpecError
 
 RETRY_S = 0.5
 DEMAND_S = 0.5
 SPEND_S = 1.0
+CHECK_S, CHECK_TIMEOUT_S = 2.0, 5.0
+"""Seconds between two checks of Prompt Guard, and seconds until a check without answer counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,7 @@ class GatewayReplica:
         self._reported_groups: set[str] = set()
         self._stopping = False
         http = self._spec.http
+        self._prompt_guard = None if prompt_guard is None else RemotePromptGuard(prompt_guard)
         try:
             config = self._spec.config(
                 settings.models, settings.link_tls, settings.tracing, settings.wake_s
@@ -98,7 +102,7 @@ class GatewayReplica:
                 change_adapter=change_adapter,
                 develop=develop,
                 read_cluster=read_cluster,
-                score_texts=None if prompt_guard is None else RemotePromptGuard(prompt_guard),
+                score_texts=self._prompt_guard,
             )
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
@@ -116,6 +120,7 @@ class GatewayReplica:
         self._following = asyncio.create_task(self._follow())
         self._reporting = asyncio.create_task(self._report_demand())
         self._spending = asyncio.create_task(self._report_spending())
+        self._checking = asyncio.create_task(self._check_prompt_guard())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this method once: the application for Serve's own HTTP proxy."""
@@ -132,6 +137,7 @@ class GatewayReplica:
         self._following.cancel()
         self._reporting.cancel()
         self._spending.cancel()
+        self._checking.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.gateway_gone.remote(self._id)
         await self._gateway.stop(self._spec.drain_s)
@@ -192,6 +198,13 @@ class GatewayReplica:
                 with contextlib.suppress(ray.exceptions.RayError):  # the registry restarts
                     await self._spend()
             await asyncio.sleep(SPEND_S)
+
+    async def _check_prompt_guard(self) -> None:
+        """Check at regular times whether Prompt Guard answers, for the metrics."""
+        while self._prompt_guard is not None:
+            up = await self._prompt_guard.is_up(CHECK_TIMEOUT_S)
+            self._gateway.inference.metrics.guards.set_up(PROMPT_GUARD, up=up)
+            await asyncio.sleep(CHECK_S)
 
     async def _spend(self) -> None:
         budgets = self._gateway.budgets

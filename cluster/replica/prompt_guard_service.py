@@ -47,6 +47,8 @@ class PromptGuardReplica:
 
     async def scores(self, texts: Sequence[str], limit_s: float) -> list[float]:
         """Probability of an attack for each text; see `PromptGuard.scores`."""
+        if not texts:  # a check of a gateway, which waits for no computation
+            return []
         async with self._turn:
             return await asyncio.to_thread(self._guard.scores, texts, limit_s)
 
@@ -76,6 +78,14 @@ class RemotePromptGuard:
         except (ray.exceptions.RayError, RayServeException, ArrieroError) as error:
             raise Unavailable(f"no scores: {_first_line(error)}") from None
         return scores
+
+    async def is_up(self, timeout_s: float) -> bool:
+        """Whether a replica answers within `timeout_s` seconds."""
+        try:
+            await asyncio.wait_for(self([], timeout_s), timeout_s)
+        except (TimeoutError, Unavailable):
+            return False
+        return True
 
 
 def application(

@@ -1,4 +1,4 @@
-"""The metrics of guards: verdicts by tenant and policy, and the seconds of a judgement.
+"""The metrics of guards: verdicts by tenant and policy, the seconds of a judgement, what is up.
 
 Knows names and numbers; knows nothing of guards and texts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 Outcome = Literal["safe", "unsafe", "lost"]
 """What came of a judgement; "lost": the guard gave no verdict."""
@@ -37,6 +37,21 @@ class GuardMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._up = Gauge(
+            "arriero_guard_up",
+            "Whether the guard answered the gateway's latest check, 1 or 0; only `prompt-guard`.",
+            ["guard"],
+            registry=registry,
+        )
+
+    def set_up(self, guard: str, *, up: bool) -> None:
+        """Set whether a guard answers.
+
+        Args:
+            guard: id of the guard.
+            up: the guard answered the latest check.
+        """
+        self._up.labels(guard).set(up)
 
     def judged(
         self, *, tenant: str, guard: str, policy: str, outcome: Outcome, elapsed_s: float

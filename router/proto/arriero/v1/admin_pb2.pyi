@@ -336,6 +336,35 @@ class NodeStatus(_message.Message):
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
 
 @_typing.final
+class PromptGuardStatus(_message.Message):
+    """Prompt Guard's processes beside the gateways."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    replicas: _builtins.int
+    """Desired number of processes, and number of processes that run."""
+    running: _builtins.int
+    text: _builtins.str
+    """Why processes are missing, by Ray Serve; empty where all run."""
+    def __init__(
+        self,
+        *,
+        replicas: _builtins.int = ...,
+        running: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "running", b"running", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptGuardStatus: _TypeAlias = PromptGuardStatus  # noqa: Y015
+
+@_typing.final
 class Status(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -344,6 +373,7 @@ class Status(_message.Message):
     GATEWAYS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    PROMPT_GUARD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]: ...
     @_builtins.property
@@ -354,6 +384,10 @@ class Status(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Failure]: ...
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeStatus]: ...
+    @_builtins.property
+    def prompt_guard(self) -> Global___PromptGuardStatus:
+        """Absent for a deployment without Prompt Guard."""
+
     def __init__(
         self,
         *,
@@ -362,10 +396,11 @@ class Status(_message.Message):
         gateways: _abc.Iterable[Global___GatewayStatus] | None = ...,
         failures: _abc.Iterable[Global___Failure] | None = ...,
         nodes: _abc.Iterable[Global___NodeStatus] | None = ...,
+        prompt_guard: Global___PromptGuardStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_guard", b"prompt_guard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "gateways", b"gateways", "groups", b"groups", "models", b"models", "nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "gateways", b"gateways", "groups", b"groups", "models", b"models", "nodes", b"nodes", "prompt_guard", b"prompt_guard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

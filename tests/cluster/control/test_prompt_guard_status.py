@@ -1,0 +1,82 @@
+"""Prompt Guard in the status of a deployment, from scripted states of Serve. No Ray cluster."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from ray import serve
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
+from rich.console import Console
+
+from arriero.cluster import app
+from arriero.cluster.commands.views import status_view
+from arriero.cluster.control.prompt_guard_status import fill_prompt_guard
+from arriero.cluster.replica import prompt_guard_service
+from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+MESSAGE = """The deployment failed to start 2 times in a row. Error:
+Traceback (most recent call last):
+  File "prompt_guard.py", line 1
+CheckpointError: /models/prompt-guard: no classifier of prompts
+"""
+
+
+def spec(replicas: int) -> DeploymentSpec:
+    gateway = {"prompt_guard": {"path": "/p", "replicas": replicas}} if replicas else {}
+    models = [{"name": "m", "path": "/m"}]
+    return DeploymentSpec.model_validate({"models": models, "gateway": gateway})
+
+
+def serve_status(message: str = "", **states: int) -> ServeStatus:
+    from ray.serve._private.common import ReplicaState
+
+    deployment = DeploymentStatusOverview(
+        status="UNHEALTHY" if message else "HEALTHY",  # type: ignore[arg-type]
+        status_trigger="UNSPECIFIED",  # type: ignore[arg-type]
+        replica_states={ReplicaState(name): count for name, count in states.items()},
+        message=message,
+    )
+    application = ApplicationStatusOverview(
+        status="RUNNING",  # type: ignore[arg-type]
+        message="",
+        last_deployed_time_s=0.0,
+        deployments={prompt_guard_service.NAME: deployment},
+    )
+    return ServeStatus(applications={app.NAME: application})
+
+
+def shown(status: pb.Status) -> str:
+    console = Console(file=io.StringIO(), width=240)
+    console.print(status_view(status))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seen", "running", "line"),
+    [
+        (serve_status(RUNNING=2), 2, "Prompt Guard: 2 of 2 processes run\n"),
+        (serve_status(RUNNING=1, STARTING=1), 1, "Prompt Guard: 1 of 2 processes run\n"),
+        (serve_status(STARTING=2), 0, "0 of 2 processes run; `on_loss` of each policy decides\n"),
+        (serve_status(MESSAGE, STARTING=2), 0, "decides: The deployment failed to start 2 times"),
+        (ServeStatus(), 0, "Prompt Guard: 0 of 2 processes run"),
+    ],
+)
+async def test_the_status_names_prompt_guard(
+    monkeypatch: pytest.MonkeyPatch, seen: ServeStatus, running: int, line: str
+) -> None:
+    monkeypatch.setattr(serve, "status", lambda: seen)
+    status = pb.Status()
+    await fill_prompt_guard(status, spec(2))
+    assert (status.prompt_guard.running, status.prompt_guard.replicas) == (running, 2)
+    text = "\n".join(row.rstrip() for row in shown(status).splitlines()) + "\n"
+    assert line in text
+    assert ("no classifier of prompts" in text) is ("failed" in text)
+
+
+async def test_a_deployment_without_prompt_guard_asks_serve_nothing() -> None:
+    status = pb.Status()
+    await fill_prompt_guard(status, spec(0))
+    assert not status.HasField("prompt_guard") and "Prompt Guard" not in shown(status)
