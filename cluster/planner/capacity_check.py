@@ -1,9 +1,9 @@
 """The number of groups that the cluster can hold; refuses a change that asks for more. Sans-I/O.
 
 Counts all resources of the nodes, free or not, without the CPUs of Prompt Guard: groups that run
-make room for others, and other applications end. A count is therefore an upper limit; of memory it counts only what the plan of a
-group knows to the byte (`group_memory`). Knows resources of nodes and of groups; knows nothing of
-running groups.
+make room for others, and other applications end. A count is therefore an upper limit; of memory it
+counts only what the plan of a group knows to the byte (`group_memory`). Knows resources of nodes
+and of groups; knows nothing of running groups.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ async def test_prompt_guard_takes_room_from_the_groups(deployed: Any) -> None:  
             with pytest.raises(InvalidRequest, match=words):
                 await now.rollout()
         now.spec["gateway"] = {"prompt_guard": {"path": folder, "replicas": 3}}
-        with pytest.raises(InvalidRequest, match="`groups`=6 exceeds 5, .* 3 CPUs of Prompt Guard"):
+        with pytest.raises(InvalidRequest, match=r"`groups`=6 exceeds 5, .* 3 CPUs of Prompt"):
             await now.rollout(groups=6)
 
 
