@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class PromptGuard:
     """
 
     def __init__(self, path: str, *, batch: int = 8, threads: int | None = None) -> None:
+        if not (Path(path) / "config.json").is_file():  # transformers would take it for a Hub name
+            raise CheckpointError(
+                f"{path}: no classifier of prompts: no config.json; copy the folder of Prompt Guard"
+                " 2 to this node"
+            )
         try:
             import transformers  # an optional part; only this class needs it
         except ImportError as error:
@@ -45,9 +51,10 @@ class PromptGuard:
             torch.set_num_threads(threads)
         try:
             library: Any = transformers  # its functions lack types
-            self._tokenizer = library.AutoTokenizer.from_pretrained(path)
+            self._tokenizer = library.AutoTokenizer.from_pretrained(path, local_files_only=True)
             classifier = library.AutoModelForSequenceClassification
-            self._model = classifier.from_pretrained(path, dtype=torch.float32).eval()
+            model = classifier.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            self._model = model.eval()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: no classifier of prompts: {error}") from error
         self._batch = batch

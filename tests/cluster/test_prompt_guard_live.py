@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -72,10 +73,31 @@ class Guarded:
         (replica,) = self.replicas()
         os.kill(replica.pid, signal.SIGKILL)
 
+    def wait_judging(self) -> None:
+        """Wait until a marked prompt is refused; until then each answer is the policy's rule."""
+        started_s, numbers = time.monotonic(), itertools.count()
+
+        def is_judged() -> bool:
+            try:
+                self.ask("closed", f"Now {MARK} {started_s} {next(numbers)}")
+            except openai.BadRequestError as error:
+                assert error.code == "content_filter"
+                return True
+            except openai.InternalServerError as error:
+                assert error.status_code == 503 and "safety check" in str(error)
+                return False
+            raise AssertionError("a marked prompt was answered")
+
+        eventually(is_judged, LIMIT_S, every_s=0.5, state=self.metrics)
+        print(f"judged again after {time.monotonic() - started_s:.1f} s", flush=True)
+
     def metrics(self) -> str:
         """The gateway's metrics."""
         (gateway,) = self.deployed.gateways()
-        return httpx.get(f"http://{gateway.http}/metrics", timeout=60).text
+        headers = {"authorization": f"Bearer {self.clients['notes'].api_key}"}
+        answer = httpx.get(f"http://{gateway.http}/metrics", headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.text
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +112,10 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "count": 1,
         "prompt_guard": {"path": str(classifier), "cpus": 1},
         "keys": str(keys),
-        "tenants": [{"name": name, "safety": policy} for name, policy in safety.items()],
+        "tenants": [
+            {"name": name, "safety": policy, "metrics": name == "notes"}
+            for name, policy in safety.items()
+        ],
     }
     with tiny_deployment(folder, Path(MODEL), groups=1, gateway=gateway) as deployed:
         (url,) = deployed.urls()
@@ -145,36 +170,22 @@ def test_the_policy_decides_while_prompt_guard_is_gone(guarded: Guarded, tmp_pat
         )
         assert time.monotonic() - started_s < 4 * TIMEOUT_S
     assert guarded.ask("closed", "Name a hill.").choices, "its score is kept"
+    status = guarded.deployed.admin.status().prompt_guard
+    assert (status.running, status.replicas) == (0, 1), status
+    assert 'arriero_guard_up{guard="prompt-guard"} 0.0' in guarded.metrics()
     shutil.move(away, guarded.classifier)
-    returned(guarded)
+    guarded.wait_judging()
+    eventually(lambda: 'arriero_guard_up{guard="prompt-guard"} 1.0' in guarded.metrics(), 60)
+    status = guarded.deployed.admin.status().prompt_guard
+    assert (status.running, status.replicas, status.text) == (1, 1, ""), status
 
 
 def test_a_killed_replica_is_replaced(guarded: Guarded) -> None:
     """Nothing hangs: each answer during the absence is a verdict or the rule of the policy."""
     (before,) = guarded.replicas()
     guarded.kill()
-    returned(guarded)
+    guarded.wait_judging()
     (after,) = guarded.replicas()
     assert after.pid != before.pid
     text = guarded.metrics()
     assert 'policy="input_prompt_guard",tenant="closed",verdict="lost"' in text
-
-
-def returned(guarded: Guarded) -> None:
-    """Wait until a marked prompt is refused again."""
-    numbers = iter(range(10**6))
-    started_s = time.monotonic()
-
-    def judged() -> bool:
-        try:
-            guarded.ask("closed", f"{MARK} {time.monotonic()} {next(numbers)}")
-        except openai.BadRequestError as error:
-            assert error.code == "content_filter"
-            return True
-        except openai.InternalServerError as error:
-            assert "safety check" in str(error)
-            return False
-        raise AssertionError("a marked prompt was answered")
-
-    eventually(judged, LIMIT_S, every_s=0.5, state=guarded.metrics)
-    print(f"judged again after {time.monotonic() - started_s:.1f} s", flush=True)
