@@ -1,13 +1,16 @@
 """First tokens of interactive requests, with and without a batch behind, on a group in process.
 
-    ARRIERO_TEST_MODEL=… python tests/bench/batch_beside.py [--requests 150] [--rate 0] [--rounds 2]
+    ARRIERO_TEST_MODEL=… python tests/bench/batch_beside.py [--requests 150] [--minutes 7] [--json]
 
 Interactive requests arrive at random times, the same in each run; runs without and with a batch
-take turns, and the batch keeps 64 requests in the queue. Prints a JSON line for each run and the
-ratio of the 99th percentiles of the first-token times over all runs. The bar: at most 1.15.
-Without `--rate`, requests come at a quarter of the rate that the group answers one after another.
-Engine, link, gateway and admission are the product's. With `--tiny`, a random model of two small
-layers computes, with the checkpoint's tokenizer; the bar is then that of the gateway alone.
+take turns, and the batch keeps 64 requests in the queue. Prints a JSON line for each run, and at
+the end the ratio of the 99th percentiles of the first-token times over all runs. The bar: at most
+1.15. Without `--rate`, requests come at a quarter of the rate that the group answers one after
+another; a run has `--requests` of them, or fewer where all runs would take longer than `--minutes`.
+The group is busy while it runs steps; `idle_time_used` is the share of the time idle without a
+batch that the batch makes busy. Engine, link, gateway and admission are the product's. With
+`--tiny`, a random model of two small layers computes, with the checkpoint's tokenizer; the bar is
+then that of the gateway alone. `--json`: the last line is one JSON object of all lines.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from arriero.router.client.client import AsyncClient
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.kv.blocks import model_root
 from support.fronted import fronted
@@ -41,11 +45,27 @@ IN_QUEUE = 64
 
 @dataclass
 class Run:
-    """First-token times of interactive requests, and tokens of the batch beside."""
+    """First-token times of interactive requests, the group's busy time, tokens of the batch."""
 
     first_token_s: list[float] = field(default_factory=list)
     batch_tokens: int = 0
     elapsed_s: float = 0.0
+    busy_s: float = 0.0
+
+
+class BusyTime:
+    """Adds up the seconds of an engine's steps; between steps the engine waits for work."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.seconds = 0.0
+        self._step = engine.step
+        engine.step = self._timed_step  # type: ignore[method-assign]
+
+    def _timed_step(self) -> bool:
+        started_s = time.monotonic()
+        has_work = self._step()
+        self.seconds += time.monotonic() - started_s
+        return has_work
 
 
 async def ask_once(client: AsyncClient, rng: random.Random) -> tuple[float, int]:
@@ -88,13 +108,14 @@ async def batch(client: AsyncClient, run: Run) -> None:
             tasks.create_task(keep_asking(seed))
 
 
-async def measured(address: str, rate: float, count: int, *, beside: bool) -> Run:
+async def measured(address: str, rate: float, count: int, busy: BusyTime, *, beside: bool) -> Run:
     run = Run()
-    started_s = time.monotonic()
+    started_s, busy_before_s = time.monotonic(), busy.seconds
     async with AsyncClient(address) as client, AsyncClient(address, background=True) as behind:
         asking = asyncio.create_task(batch(behind, run)) if beside else None
         await interactive(client, rate, count, run)
         run.elapsed_s = time.monotonic() - started_s
+        run.busy_s = busy.seconds - busy_before_s
         if asking is not None:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
@@ -105,26 +126,35 @@ def p99(times_s: list[float]) -> float:
     return sorted(times_s)[int(0.99 * len(times_s))]
 
 
+def show(figures: dict[str, float | bool]) -> dict[str, float | bool]:
+    """Print the figures of a part at once."""
+    print(json.dumps(figures), flush=True)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
-    parser.add_argument("--requests", type=int, default=150)
-    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--requests", type=int, default=150, help="most requests of a run")
+    parser.add_argument("--minutes", type=float, default=7.0, help="most minutes of all runs")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model computes")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.tiny:
             write_tiny_chat(Path(folder), Path(args.model))
             args.model = folder
-        ratio = asyncio.run(compare(args))
-    print(json.dumps({"ratio_of_p99": round(ratio, 3), "bar": BAR}))
+        lines, ratio = asyncio.run(compare(args))
+    if args.json:
+        print(json.dumps({"runs": lines[:-1], "all": lines[-1]}))
     sys.exit(ratio > BAR)
 
 
-async def compare(args: argparse.Namespace) -> float:
-    """The ratio of the 99th percentiles with and without a batch; prints each run."""
+async def compare(args: argparse.Namespace) -> tuple[list[dict[str, float | bool]], float]:
+    """The printed lines, and the ratio of the 99th percentiles with and without a batch."""
     config = GroupConfig(
         model_path=args.model, num_blocks=2048, max_model_len=1024, threads=args.threads
     )
@@ -146,26 +176,53 @@ async def compare(args: argparse.Namespace) -> float:
         )
 
     async with fronted(config, card) as front:
-        address = front.client._address
+        address, busy = front.client._address, BusyTime(front.group.engine)
         rng = random.Random(3)
         started_s = time.monotonic()
         for _ in range(5):
             await ask_once(front.client, rng)
         rate = args.rate or 5 / (time.monotonic() - started_s) / 4
-        times: dict[bool, list[float]] = {False: [], True: []}
+        count = min(args.requests, max(1, int(rate * 60 * args.minutes / (2 * args.rounds))))
+        runs: dict[bool, list[Run]] = {False: [], True: []}
+        lines = []
         for _ in range(args.rounds):
             for beside in (False, True):
-                run = await measured(address, rate, args.requests, beside=beside)
-                times[beside] += run.first_token_s
-                figures = {
-                    "batch": beside,
-                    "rate": round(rate, 3),
-                    "p50_s": round(statistics.median(run.first_token_s), 4),
-                    "p99_s": round(p99(run.first_token_s), 4),
-                    "batch_tokens_per_s": round(run.batch_tokens / run.elapsed_s, 1),
-                }
-                print(json.dumps(figures), flush=True)
-    return p99(times[True]) / p99(times[False])
+                run = await measured(address, rate, count, busy, beside=beside)
+                runs[beside].append(run)
+                lines.append(show(of_run(run, rate, beside=beside)))
+    lines.append(show(of_all(runs)))
+    return lines, float(lines[-1]["ratio_of_p99"])
+
+
+def of_run(run: Run, rate: float, *, beside: bool) -> dict[str, float | bool]:
+    """The figures of a run."""
+    return {
+        "batch": beside,
+        "requests": len(run.first_token_s),
+        "rate": round(rate, 3),
+        "p50_s": round(statistics.median(run.first_token_s), 4),
+        "p99_s": round(p99(run.first_token_s), 4),
+        "busy_share": round(run.busy_s / run.elapsed_s, 3),
+        "batch_tokens_per_s": round(run.batch_tokens / run.elapsed_s, 1),
+    }
+
+
+def of_all(runs: dict[bool, list[Run]]) -> dict[str, float | bool]:
+    """The figures of all runs, with and without a batch."""
+    times = {beside: [s for run in runs[beside] for s in run.first_token_s] for beside in runs}
+    busy = {
+        beside: sum(run.busy_s for run in runs[beside]) / sum(run.elapsed_s for run in runs[beside])
+        for beside in runs
+    }
+    idle = 1 - busy[False]
+    return {
+        "ratio_of_p99": round(p99(times[True]) / p99(times[False]), 3),
+        "bar": BAR,
+        "ratio_of_p50": round(statistics.median(times[True]) / statistics.median(times[False]), 3),
+        "idle_share_without_batch": round(idle, 3),
+        "idle_share_with_batch": round(1 - busy[True], 3),
+        "idle_time_used": round((busy[True] - busy[False]) / idle, 3) if idle > 0 else 0.0,
+    }
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Rows a second of `arriero.cluster.data.processor` beside Ray's own HTTP processor.
 
-    ARRIERO_TEST_MODEL=… python tests/bench/data_rows.py [--rows 10000] [--kill] [--real]
+    ARRIERO_TEST_MODEL=… python tests/bench/data_rows.py [--rows 10000] [--kill] [--real] [--json]
 
 Two groups and two gateways on a Ray cluster of their own; the data set runs on the same cluster. A
 tiny random model computes, with the checkpoint's tokenizer, so that the way of a row counts; with
-`--real` the checkpoint itself. The processors take turns, with the same rows, the same requests and
-as many actors and rows in flight. With `--kill` a last run of our processor loses a group in the
-middle. Prints a JSON line for each run; the exit code is 1 when a row is missing, there twice, or
-without an answer.
+`--real` the checkpoint itself. First the processors take turns, with the same 1,000 rows
+(`--compared-rows`), the same requests and as many actors and rows in flight. Then our processor
+alone answers `--rows`; with `--kill` a group is killed when half of these rows are back. Prints a
+JSON line for each run, and in a long run for each 1,000 rows; the exit code is 1 when a row is
+missing, there twice, or without an answer. `--json`: the last line is one JSON object of all runs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Process = Callable[["Dataset"], "Dataset"]
-BATCH, ACTORS, MAX_TOKENS = 64, 2, 8
+BATCH, ACTORS, MAX_TOKENS, PROGRESS = 64, 2, 8, 1000
 
 
 def messages(number: int) -> list[dict[str, str]]:
@@ -82,8 +84,51 @@ def by_http(url: str) -> Process:
     return process
 
 
-def run(process: Process, num_rows: int) -> tuple[float, Counter[int], int]:
-    """Seconds, how often each row came back, and the number of rows with an error."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        name: of the processor.
+        num_rows: rows of the data set.
+        seconds: from the start of the pipeline to the last row.
+        names: how often each row came back.
+        num_errors: rows with an error.
+    """
+
+    name: str
+    num_rows: int
+    seconds: float
+    names: Counter[int]
+    num_errors: int
+
+    @property
+    def right(self) -> bool:
+        """Whether each row came back once and with an answer."""
+        return self.names == Counter(range(self.num_rows)) and not self.num_errors
+
+    def figures(self) -> Row:
+        """The figures of the run."""
+        return {
+            "processor": self.name,
+            "rows": self.names.total(),
+            "rows_per_s": round(self.num_rows / self.seconds, 1),
+            "errors": self.num_errors,
+            "each_row_once": self.names == Counter(range(self.num_rows)),
+        }
+
+
+def run(
+    name: str, process: Process, num_rows: int, at_half: Callable[[], None] | None = None
+) -> Result:
+    """Answer the rows; prints a line for each 1,000 rows.
+
+    Args:
+        name: of the processor.
+        process: the processor.
+        num_rows: rows of the data set.
+        at_half: called when half of the rows are back.
+    """
     import ray
 
     names: Counter[int] = Counter()
@@ -92,61 +137,67 @@ def run(process: Process, num_rows: int) -> tuple[float, Counter[int], int]:
     for row in process(ray.data.range(num_rows)).iter_rows():
         names[row["id"]] += 1
         num_errors += row["error"] is not None
-    return time.monotonic() - started_s, names, num_errors
+        count = names.total()
+        if at_half is not None and count == num_rows // 2:
+            at_half()
+        if count % PROGRESS == 0 and count < num_rows:
+            elapsed_s = time.monotonic() - started_s
+            show({"processor": name, "rows_so_far": count, "rows_per_s": round(count / elapsed_s)})
+    elapsed_s = time.monotonic() - started_s
+    return Result(
+        name=name, num_rows=num_rows, seconds=elapsed_s, names=names, num_errors=num_errors
+    )
 
 
-def report(name: str, num_rows: int, result: tuple[float, Counter[int], int]) -> bool:
-    """Print a run; False when a row is missing, there twice, or without an answer."""
-    seconds, names, num_errors = result
-    complete = names == Counter(range(num_rows))
-    figures = {
-        "processor": name,
-        "rows": names.total(),
-        "rows_per_s": round(num_rows / seconds, 1),
-        "errors": num_errors,
-        "each_row_once": complete,
-    }
+def show(figures: Row) -> Row:
+    """Print the figures of a part at once."""
     print(json.dumps(figures), flush=True)
-    return complete and not num_errors
+    return figures
 
 
-def compare(deployed: TinyDeployment, args: argparse.Namespace) -> bool:
-    """Run the processors in turn; whether each row was answered once in each run."""
-    warm = min(args.rows, 4 * BATCH)
+def compare(deployed: TinyDeployment, args: argparse.Namespace) -> tuple[list[Row], bool]:
+    """The printed lines of the runs, and whether each row was answered once in each run."""
     processors = {"grpc": by_grpc(), "http": by_http(deployed.urls()[0])}
-    for process in processors.values():
-        run(process, warm)
-    seconds: dict[str, list[float]] = {name: [] for name in processors}
-    all_right = True
+    for name, process in processors.items():
+        run(name, process, min(args.compared_rows, 4 * BATCH))
+    results: list[Result] = []
+    lines: list[Row] = []
     for number in range(args.rounds):
         for name in list(processors)[:: 1 if number % 2 == 0 else -1]:
-            result = run(processors[name], args.rows)
-            all_right &= report(name, args.rows, result)
-            seconds[name].append(result[0])
-    grpc_s, http_s = (statistics.median(seconds[name]) for name in ("grpc", "http"))
-    print(json.dumps({"grpc_over_http": round(http_s / grpc_s, 2)}), flush=True)
-    if args.kill:
-        killer = threading.Timer(grpc_s / 2, deployed.kill_group, [random.Random(1)])
-        killer.start()
-        all_right &= report("grpc, a group killed", args.rows, run(processors["grpc"], args.rows))
-        killer.join()
-    return all_right
+            results.append(run(name, processors[name], args.compared_rows))
+            lines.append(show(results[-1].figures()))
+    grpc_s, http_s = (
+        statistics.median(result.seconds for result in results if result.name == name)
+        for name in processors
+    )
+    lines.append(show({"grpc_over_http": round(http_s / grpc_s, 2), "rows": args.compared_rows}))
+    kill = partial(deployed.kill_group, random.Random(1)) if args.kill else None
+    name = "grpc, a group killed" if args.kill else "grpc"
+    results.append(run(name, processors["grpc"], args.rows, kill))
+    lines.append(show(results[-1].figures()))
+    return lines, all(result.right for result in results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=os.environ.get("ARRIERO_TEST_MODEL"))
-    parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--kill", action="store_true", help="kill a group in a last run")
+    parser.add_argument("--rows", type=int, default=10_000, help="of the last, long run")
+    parser.add_argument(
+        "--compared-rows", type=int, default=1_000, help="of each run that compares processors"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="of the runs that compare")
+    parser.add_argument("--kill", action="store_true", help="kill a group in the long run")
     parser.add_argument("--real", action="store_true", help="serve the checkpoint itself")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(args.model).resolve()
         with tiny_deployment(Path(folder), model, real=args.real) as deployed:
             os.environ |= deployed.environment
             with connected(deployed.deployment):
-                all_right = compare(deployed, args)
+                lines, all_right = compare(deployed, args)
+    if args.json:
+        print(json.dumps({"runs": lines, "all_right": all_right}))
     sys.exit(not all_right)
 
 

@@ -1,14 +1,15 @@
 """What a guard costs: first-token time and tokens a second with and without a safety policy.
 
-    ARRIERO_TEST_MODEL=… python tests/bench/guard_beside.py [--requests 20] [--streams 1] [--tiny]
+    ARRIERO_TEST_MODEL=… python tests/bench/guard_beside.py [--requests 10] [--tiny] [--json]
 
 A model and a guard, two groups in this process on the same cores, behind a gateway whose tenants
 have no policy, a check of the input, of the output, or of both. The policies take turns, with
 prompts of the same lengths. The guard has tiny random weights and is held to the answer `safe`, so
 that its prompts, its queue and the windows cost what they cost, and its weights next to nothing;
-`--guard DIR` takes a real guard. Prints a JSON line for each policy: the median and the 99th
-percentile of the first-token time, tokens a second, and what the policy adds. With `--tiny`, a
-random model computes, with the checkpoint's tokenizer: what is left is the gateway's work.
+`--guard DIR` takes a real guard. Prints a JSON line after each round of a policy, and at the end a
+line for each policy: the median and the 99th percentile of the first-token time, tokens a second,
+and what the policy adds. With `--tiny`, a random model computes, with the checkpoint's tokenizer:
+what is left is the gateway's work. `--json`: the last line is one JSON object of the policies.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from arriero.shards.engine.types import EngineRequest
 from support.fronted_groups import FrontedGroups, ServedModel, fronted_groups
 from support.tiny_chat import write_tiny_chat
 
+Figures = dict[str, str | float]
 WINDOW = 32
 POLICIES = {
     "none": None,
@@ -57,6 +59,12 @@ class Run:
     first_token_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     elapsed_s: float = 0.0
+
+    def add(self, run: Run) -> None:
+        """Add the requests of another run of the same policy."""
+        self.first_token_s += run.first_token_s
+        self.num_tokens += run.num_tokens
+        self.elapsed_s += run.elapsed_s
 
     @property
     def p99_s(self) -> float:
@@ -115,20 +123,34 @@ async def measure(client: AsyncClient, args: argparse.Namespace, label: str, run
     run.elapsed_s += time.monotonic() - started_s
 
 
-def report(name: str, run: Run, plain: Run) -> None:
-    p50_s, plain_s = (statistics.median(r.first_token_s) for r in (run, plain))
-    figures = {
+def figures(name: str, run: Run) -> Figures:
+    """The figures of a policy's requests."""
+    return {
         "policy": name,
-        "first_token_p50_s": round(p50_s, 4),
+        "requests": len(run.first_token_s),
+        "first_token_p50_s": round(statistics.median(run.first_token_s), 4),
         "first_token_p99_s": round(run.p99_s, 4),
         "tokens_per_s": round(run.tokens_per_s, 1),
+    }
+
+
+def added(run: Run, plain: Run) -> Figures:
+    """What a policy adds to the first-token time, and what it leaves of the tokens a second."""
+    p50_s, plain_s = (statistics.median(r.first_token_s) for r in (run, plain))
+    return {
         "added_first_token_s": round(p50_s - plain_s, 4),
         "share_of_tokens_per_s": round(run.tokens_per_s / plain.tokens_per_s, 3),
     }
-    print(json.dumps(figures), flush=True)
 
 
-async def compare(args: argparse.Namespace, folder: Path) -> None:
+def show(line: Figures) -> Figures:
+    """Print the figures of a part at once."""
+    print(json.dumps(line), flush=True)
+    return line
+
+
+async def compare(args: argparse.Namespace, folder: Path) -> list[Figures]:
+    """The figures of each policy; prints each part."""
     model = args.model
     if args.tiny:
         model = write_tiny_chat(folder / "model", args.model, max_positions=4096)
@@ -155,24 +177,29 @@ async def compare(args: argparse.Namespace, folder: Path) -> None:
         runs = {name: Run() for name in POLICIES}
         for number in range(args.rounds):
             for name, client in clients.items():
-                await measure(client, args, f"{name} {number}", runs[name])
-        for name, run in runs.items():
-            report(name, run, runs["none"])
+                run = Run()
+                await measure(client, args, f"{name} {number}", run)
+                show({"round": number, **figures(name, run)})
+                runs[name].add(run)
+        return [show(figures(name, run) | added(run, runs["none"])) for name, run in runs.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=os.environ.get("ARRIERO_TEST_MODEL"))
     parser.add_argument("--guard", type=Path, help="checkpoint of a guard")
-    parser.add_argument("--requests", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens of a request")
+    parser.add_argument("--requests", type=int, default=10, help="of a policy in a round")
+    parser.add_argument("--tokens", type=int, default=96, help="output tokens of a request")
     parser.add_argument("--streams", type=int, default=1, help="requests at once")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model computes")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     args = parser.parse_args()
     args.model = Path(args.model)
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(compare(args, Path(folder)))
+        policies = asyncio.run(compare(args, Path(folder)))
+    if args.json:
+        print(json.dumps({"policies": policies}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ import io
 
 import pytest
 from ray import serve
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+    ServeStatus,
+)
 from rich.console import Console
 
 from arriero.cluster import app
@@ -30,16 +36,14 @@ def spec(replicas: int) -> DeploymentSpec:
 
 
 def serve_status(message: str = "", **states: int) -> ServeStatus:
-    from ray.serve._private.common import ReplicaState
-
     deployment = DeploymentStatusOverview(
-        status="UNHEALTHY" if message else "HEALTHY",  # type: ignore[arg-type]
-        status_trigger="UNSPECIFIED",  # type: ignore[arg-type]
+        status=DeploymentStatus.UNHEALTHY if message else DeploymentStatus.HEALTHY,
+        status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
         replica_states={ReplicaState(name): count for name, count in states.items()},
         message=message,
     )
     application = ApplicationStatusOverview(
-        status="RUNNING",  # type: ignore[arg-type]
+        status=ApplicationStatus.RUNNING,
         message="",
         last_deployed_time_s=0.0,
         deployments={prompt_guard_service.NAME: deployment},
