@@ -71,9 +71,11 @@ def status_view(status: pb.Status) -> RenderableType:
 
 def _prompt_guard(guard: pb.PromptGuardStatus) -> str:
     """The processes of Prompt Guard, in words."""
-    text = f"Prompt Guard: {guard.running} of {guard.replicas} processes run"
-    if not guard.running:
-        text += "; `on_loss` of each policy decides"
+    text = "Prompt Guard"
+    if guard.HasField("running"):
+        text += f": {guard.running} of {guard.replicas} processes run"
+        if not guard.running:
+            text += "; `on_loss` of each policy decides"
     return text + (f": {guard.text}" if guard.text else "")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -17,6 +20,7 @@ from rich.console import Console
 
 from arriero.cluster import app
 from arriero.cluster.commands.views import status_view
+from arriero.cluster.control import prompt_guard_status
 from arriero.cluster.control.prompt_guard_status import fill_prompt_guard
 from arriero.cluster.replica import prompt_guard_service
 from arriero.cluster.spec.deployment import DeploymentSpec
@@ -78,6 +82,29 @@ async def test_the_status_names_prompt_guard(
     text = "\n".join(row.rstrip() for row in shown(status).splitlines()) + "\n"
     assert line in text
     assert ("no classifier of prompts" in text) is ("failed" in text)
+
+
+@pytest.mark.parametrize("error", [RayServeException("no controller"), ActorDiedError(), None])
+async def test_the_status_does_without_serve(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    ended = threading.Event()
+
+    def read() -> ServeStatus:
+        if error is not None:
+            raise error
+        ended.wait(60)
+        return ServeStatus()
+
+    monkeypatch.setattr(serve, "status", read)
+    monkeypatch.setattr(prompt_guard_status, "_LIMIT_S", 0.1)
+    status = pb.Status()
+    try:
+        await fill_prompt_guard(status, spec(2))
+    finally:
+        ended.set()
+    assert not status.prompt_guard.HasField("running")
+    assert "Prompt Guard: Ray Serve gives no status now" in shown(status)
 
 
 async def test_a_deployment_without_prompt_guard_asks_serve_nothing() -> None:

@@ -345,22 +345,25 @@ class PromptGuardStatus(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
-    """Desired number of processes, and number of processes that run."""
+    """Desired number of processes."""
     running: _builtins.int
+    """Number of processes that run; absent where Ray Serve does not tell."""
     text: _builtins.str
     """Why processes are missing, by Ray Serve; empty where all run."""
     def __init__(
         self,
         *,
         replicas: _builtins.int = ...,
-        running: _builtins.int = ...,
+        running: _builtins.int | None = ...,
         text: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_running", b"_running", "running", b"running"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "running", b"running", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_running", b"_running", "replicas", b"replicas", "running", b"running", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__running: _TypeAlias = _typing.Literal["running"]  # noqa: Y015
+    _WhichOneofArgType__running: _TypeAlias = _typing.Literal["_running", b"_running"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__running) -> _WhichOneofReturnType__running | None: ...
 
 Global___PromptGuardStatus: _TypeAlias = PromptGuardStatus  # noqa: Y015
 
