@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
+from arriero.cluster.replica.gateway import GatewayReplica
 from arriero.cluster.replica.prompt_guard_service import PromptGuardReplica, RemotePromptGuard
 from arriero.router.observability.guard_metrics import GuardMetrics
 from arriero.shards.errors import Unavailable
@@ -77,6 +78,24 @@ async def test_a_check_waits_for_no_computation() -> None:
     replica._turn = asyncio.Lock()
     async with replica._turn:
         assert await asyncio.wait_for(replica.scores([], 5.0), 5.0) == []
+
+
+async def test_a_gateway_exports_whether_prompt_guard_answers() -> None:
+    registry = CollectorRegistry()
+    inference = SimpleNamespace(metrics=SimpleNamespace(guards=GuardMetrics(registry)))
+    for outcome, up in (([], 1.0), (ActorDiedError(), 0.0)):
+        replica: Any = SimpleNamespace(
+            _gateway=SimpleNamespace(inference=inference),
+            _prompt_guard=RemotePromptGuard(Handle(outcome)),
+        )
+        checking = asyncio.create_task(GatewayReplica._check_prompt_guard(replica))
+        await asyncio.sleep(0.1)
+        assert not checking.done(), "the next check comes"
+        checking.cancel()
+        labels = {"guard": "prompt-guard"}
+        assert registry.get_sample_value("arriero_guard_up", labels) == up
+    replica = SimpleNamespace(_prompt_guard=None)
+    await asyncio.wait_for(GatewayReplica._check_prompt_guard(replica), 5.0)
 
 
 def test_the_metric() -> None:
