@@ -21,7 +21,11 @@ class Machines:
 
     def __init__(self, head_cpus: int = 1, head: str = "127.0.0.2") -> None:
         self._head = local.start(RaySpec(num_cpus=head_cpus, node_address=head))
-        self.address = local.wait_address(self._head)
+        try:
+            self.address = local.wait_address(self._head)
+        except BaseException:
+            local.stop(self._head)
+            raise
         self.environment = {"RAY_AUTH_TOKEN": self._head.token}  # of those who join the cluster
         self._next = 3
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
