@@ -83,7 +83,7 @@ def test_scores_are_the_models_own(folder: Path) -> None:
 
 def test_no_classifier(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(CheckpointError, match="no classifier of prompts: no config.json"):
+        with pytest.raises(CheckpointError, match=r"no classifier of prompts: no config\.json"):
             PromptGuard(str(path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no classifier of prompts"):
