@@ -8,30 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_WINDOWS = 64
-"""Most windows of a text (about 28,000 tokens)."""
 
-
-def split_windows(
-    tokens: Sequence[int], *, size: int = 510, overlap: int = 64, most: int = MAX_WINDOWS
-) -> list[list[int]]:
-    """The tokens in windows.
+def split_windows(tokens: Sequence[int], *, size: int = 510, overlap: int = 64) -> list[list[int]]:
+    """The tokens in windows that overlap; every token is in one, however long the text is.
 
     Args:
         tokens: token ids without special tokens.
         size: most tokens of a window: the classifier's context without its special tokens.
         overlap: tokens that neighbours share; below `size`.
-        most: most windows. A longer text gets windows at even distances that need not overlap,
-            with its beginning and its end among them.
 
     Returns:
         At least one window; a window of an empty text is empty.
     """
-    assert 0 <= overlap < size and most >= 2, "windows overlap in part"
+    assert 0 <= overlap < size, "windows overlap in part"
     last = max(0, len(tokens) - size)
     starts = [*range(0, last, size - overlap), last]
-    if len(starts) > most:
-        starts = [last * number // (most - 1) for number in range(most)]
     return [list(tokens[start : start + size]) for start in starts]
 
 
