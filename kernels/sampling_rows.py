@@ -1,7 +1,7 @@
 """What a draw of tokens takes and gives: parameters by row, tokens and log-probabilities.
 
 Knows tensors; knows nothing of requests. `Ops.sample` defines the draw. Shape legend:
-kernels/ops.py.
+kernels/ops.py, and W for the 32-bit words of a row's mask.
 """
 
 from __future__ import annotations
@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+def num_mask_words(vocab_size: int) -> int:
+    """Number of 32-bit words of a mask with a bit for each token."""
+    return -(-vocab_size // 32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +39,9 @@ class SamplingRows:
             `Sampled.tokens_R` are columns in either case.
         bias: (row int64 [N], token int64 [N], value float32 [N]): added to the logits; a value of
             -inf bans the token.
-        allowed_RV: bool; False bans the token.
+        allowed_RW: int32; a bit for each token, the lowest bit of the first word for token 0; a bit
+            that is 0 bans the token. `num_mask_words` words a row; bits past the vocabulary have no
+            meaning.
         num_logprobs: number of top log-probabilities to return; -1 for no log-probabilities, 0 for
             the sampled token alone.
         all_greedy: all rows have temperature 0 (known on the host, to skip the draw).
@@ -53,7 +60,7 @@ class SamplingRows:
     counts_RV: Tensor | None = None
     token_ids_V: Tensor | None = None
     bias: tuple[Tensor, Tensor, Tensor] | None = None
-    allowed_RV: Tensor | None = None
+    allowed_RW: Tensor | None = None
     num_logprobs: int = -1
     all_greedy: bool = False
 

@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 9
+_ABI = 12
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -160,6 +160,8 @@ class Draws(ctypes.Structure):
         ("seed", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("token_ids", ctypes.c_void_p),
+        ("allowed", ctypes.c_void_p),
+        ("allowed_stride", ctypes.c_int64),
     )
 
 

@@ -1,4 +1,4 @@
-"""Draws of tokens in C++; penalties, bans and top tokens are those of the reference.
+"""Draws of tokens in C++, masks included; biases, penalties and top tokens are the reference's.
 
 Knows logits and parameters of rows; knows nothing of models.
 """
@@ -6,6 +6,7 @@ Knows logits and parameters of rows; knows nothing of models.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +24,12 @@ def sample(ops: CpuOps, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     """See `Ops.sample`."""
     reference.check_vocabulary(logits_RV)
     raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
-    x_RV = float_rows("sample", reference.adjusted(raw_RV, rows), raw_RV.shape[1])
+    # A mask after the penalties bans the same tokens: a banned logit stays -inf under a penalty.
+    adjusted_RV = reference.adjusted(raw_RV, replace(rows, allowed_RW=None))
+    x_RV = float_rows("sample", adjusted_RV, raw_RV.shape[1])
     tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
     logits_arguments = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
-    if rows.all_greedy:
+    if rows.all_greedy and rows.allowed_RW is None:
         ops.call("argmax", *logits_arguments, tokens_R.data_ptr())
     else:
         draws, _references = draws_struct(rows, *x_RV.shape)

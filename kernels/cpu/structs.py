@@ -22,7 +22,7 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.packed_weights import Linear, Vocab
-from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 
@@ -307,4 +307,13 @@ def draws_struct(
             )
         references.append(rows.token_ids_V.to("cpu", torch.int32).contiguous())
         draws.token_ids = references[-1].data_ptr()
+    if rows.allowed_RW is not None:
+        shape = (num_rows, num_mask_words(num_columns))
+        if rows.allowed_RW.shape != shape:
+            raise ValueError(
+                f"sample: allowed_RW has shape {tuple(rows.allowed_RW.shape)}; {num_rows} rows of "
+                f"{num_columns} logits need {shape}"
+            )
+        references.append(rows.allowed_RW.to("cpu", torch.int32).contiguous())
+        draws.allowed, draws.allowed_stride = references[-1].data_ptr(), shape[1]
     return draws, tuple(references)

@@ -60,9 +60,15 @@ def _restrict(x_RV: Tensor, rows: SamplingRows) -> Tensor:
     if rows.bias is not None:
         row_N, token_N, value_N = rows.bias
         x_RV = x_RV.index_put((row_N, token_N), value_N, accumulate=True)
-    if rows.allowed_RV is not None:
-        x_RV = x_RV.masked_fill(~rows.allowed_RV, -torch.inf)
+    if rows.allowed_RW is not None:
+        x_RV = x_RV.masked_fill(~_bits(rows.allowed_RW, x_RV.shape[1]), -torch.inf)
     return x_RV
+
+
+def _bits(words_RW: Tensor, num_columns: int) -> Tensor:
+    """The bits of masks as bool [R, `num_columns`]."""
+    places = torch.arange(32, dtype=torch.int32, device=words_RW.device)
+    return ((words_RW[:, :, None] >> places) & 1).bool().flatten(1)[:, :num_columns]
 
 
 def _penalise(x_RV: Tensor, rows: SamplingRows) -> Tensor:

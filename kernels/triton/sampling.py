@@ -62,7 +62,9 @@ def _adjust(
     at = row64 * size + token
     x = tl.load(logits + row64 * stride + token, mask=valid, other=-float("inf"))
     if BANS:
-        x = tl.where(tl.load(allowed + at, mask=valid, other=1) != 0, x, -float("inf"))
+        words = allowed + row64 * tl.cdiv(size, 32) + token // 32
+        bit = (tl.load(words, mask=valid, other=-1) >> (token % 32)) & 1
+        x = tl.where(bit != 0, x, -float("inf"))
     if REPETITION:
         factor = tl.load(repetition + row, mask=valid_row, other=1.0)[:, None]
         divisor = tl.broadcast_to(factor, x.shape)
@@ -349,13 +351,13 @@ def _adjusted(
     shape = (tiles.num_rows, tiles.chunks)
     chunk_max = torch.empty(shape, dtype=torch.float32, device=raw_RV.device)
     chunk_best = torch.empty(shape, dtype=torch.int32, device=raw_RV.device)
-    changes = (rows.allowed_RV, rows.repetition_R, rows.frequency_R, rows.presence_R)
+    changes = (rows.allowed_RW, rows.repetition_R, rows.frequency_R, rows.presence_R)
     x_RV = start_RV
     if any(change is not None for change in changes):
         x_RV = torch.empty(tiles.num_rows, tiles.size, dtype=torch.float32, device=raw_RV.device)
     _adjust[tiles.grid](
         start_RV,
-        rows.allowed_RV,
+        rows.allowed_RW,
         rows.seen_RV,
         rows.counts_RV,
         rows.repetition_R,
@@ -368,7 +370,7 @@ def _adjusted(
         tiles.size,
         start_RV.stride(0),
         tiles.chunks,
-        BANS=rows.allowed_RV is not None,
+        BANS=rows.allowed_RW is not None,
         REPETITION=rows.repetition_R is not None,
         FREQUENCY=rows.frequency_R is not None,
         PRESENCE=rows.presence_R is not None,

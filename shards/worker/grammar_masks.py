@@ -6,7 +6,9 @@ grows with the vocabulary. Compilation and each mask have a limit of work, so th
 memory depends on the client's grammar.
 
 `GrammarRows` follows the sequences in a separate thread: compilation, replay of earlier tokens, new
-tokens and the next mask happen while the model computes. Knows tokens and masks; knows nothing of
+tokens and the next masks, all rows of a step in one piece of work, happen while the model computes.
+The library can also divide the rows among threads of its own; beside a model on all cores that took
+as much CPU time and longer waits. Knows tokens and masks; knows nothing of
 JSON or requests.
 
 A tokenizer may have more tokens than the model has rows (an added [PAD]) or fewer (a padded
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from arriero.kernels.sampling_rows import num_mask_words
 from arriero.shards.errors import CheckpointError
 from arriero.shards.protocol.step_plan import Int32
 
@@ -47,6 +50,13 @@ _STAND_IN = {
 }
 MAX_COMPILED = 64
 """Number of cached compiled grammars, last used first; a copy takes a microsecond."""
+
+
+def mask_of(token_ids: Sequence[int], vocab_size: int) -> Int32:
+    """The mask that allows these tokens: `num_mask_words(vocab_size)` words."""
+    bits = np.zeros(32 * num_mask_words(vocab_size), np.bool_)
+    bits[list(token_ids)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 class _NoTokenizer(CheckpointError):
@@ -103,7 +113,7 @@ class Compiler:
     def num_mask_words(self) -> int:
         """Number of 32-bit words of a mask; needs a compiled grammar."""
         assert self._tokenizer is not None, "compile a grammar first"
-        return -(-self._tokenizer.vocab_size // 32)
+        return num_mask_words(self._tokenizer.vocab_size)
 
     def _compile(self, grammar: str) -> LLMatcher:
         # imported here: an engine runs without the library until the first grammar
@@ -207,8 +217,8 @@ class GrammarRows:
             output: output tokens so far.
             ends: end tokens of the sequence beside the model's; allowed where the output may end.
         """
-        sequence = self._sequences[slot] = _GrammarSequence(-(-self._vocab_size // 32), ends)
-        sequence.mask = self._submit(partial(sequence.begin, self._compiler, grammar, output))
+        sequence = self._sequences[slot] = _GrammarSequence(num_mask_words(self._vocab_size), ends)
+        sequence.ready = self._submit(partial(sequence.begin, self._compiler, grammar, output))
 
     def leave(self, slot: int) -> None:
         """Remove the sequence in `slot`; does nothing for an empty slot."""
@@ -236,34 +246,30 @@ class GrammarRows:
         ]
         if not rows:
             return
-        drawn = self._submit(tokens)
-        for row, sequence in rows:
-            sequence.mask, sequence.ahead = (
-                self._submit(partial(sequence.advance, drawn, row)),
-                None,
-            )
+        ready = self._submit(partial(_advance, rows, tokens))
+        for _, sequence in rows:
+            sequence.ready, sequence.ahead = ready, None
 
     def allow(
         self,
         slots: Sequence[int],
-        allowed_RV: npt.NDArray[np.bool_],
+        allowed_RW: Int32,
         depths: Sequence[int] | None = None,
     ) -> None:
-        """Clear the tokens of each row of `allowed_RV` that the slot's grammar does not allow.
+        """Clear the bits of each row of `allowed_RW` that the slot's grammar does not allow.
 
         Waits for unfinished masks.
 
         Args:
             slots: slot of each row.
-            allowed_RV: rows of allowed tokens.
+            allowed_RW: the rows' masks; see `SamplingRows`.
             depths: number of drafted tokens before each row, see `draft`; None for none.
         """
         for row, slot in enumerate(slots):
             sequence = self._sequences.get(slot)
             if sequence is not None:
                 depth = 0 if depths is None else depths[row]
-                bits = np.unpackbits(sequence.mask_at(depth).view(np.uint8), bitorder="little")
-                allowed_RV[row] &= bits[: self._vocab_size].view(np.bool_)
+                allowed_RW[row] &= sequence.mask_at(depth)[: allowed_RW.shape[1]]
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         if self._thread is None:
@@ -271,29 +277,39 @@ class GrammarRows:
         return self._thread.submit(work)
 
 
+def _advance(
+    rows: Sequence[tuple[int, _GrammarSequence]], tokens: Callable[[], Sequence[Sequence[int]]]
+) -> None:
+    """Advance sequences by the tokens of their rows."""
+    drawn = tokens()
+    for row, sequence in rows:
+        sequence.advance(drawn[row])
+
+
 class _GrammarSequence:
-    """The matcher of a sequence, used only in the thread, and the futures of the next masks.
+    """The matcher and the masks of a sequence; only the thread writes, until the futures are done.
 
     Attributes:
-        mask: mask of the next token.
+        ready: done when the mask of the next token is.
         ahead: masks after each token of a draft; None without a draft.
     """
 
-    __slots__ = ("_ends", "_matcher", "_stand_in", "_words", "ahead", "mask")
+    __slots__ = ("_ends", "_mask", "_matcher", "_stand_in", "ahead", "ready")
 
     def __init__(self, num_words: int, ends: Sequence[int]) -> None:
         self._matcher: LLMatcher | None = None
-        self._words = num_words
+        self._mask = np.zeros(num_words, np.int32)
         self._ends = np.asarray(ends, dtype=np.int64)
         self._stand_in: int | None = None
-        self.mask: Future[Int32] | None = None
+        self.ready: Future[None] | None = None
         self.ahead: Future[list[Int32]] | None = None
 
     def mask_at(self, depth: int) -> Int32:
         """The mask after `depth` drafted tokens."""
-        assert self.mask is not None, "set by `enter`"
         if not depth:
-            return self.mask.result()
+            assert self.ready is not None, "set by `enter`"
+            self.ready.result()
+            return self._mask
         assert self.ahead is not None, "`draft` comes before the step"
         return self.ahead.result()[depth - 1]
 
@@ -302,48 +318,48 @@ class _GrammarSequence:
 
         After a token that the grammar rejects, masks are empty: no draw there counts.
         """
-        masks = [np.zeros(self._words, np.int32) for _ in tokens]
+        masks = [np.zeros_like(self._mask) for _ in tokens]
         if self._matcher is None:
             return masks
         matcher = self._matcher.deep_copy()
         for depth, token in enumerate(tokens):
             if not matcher.consume_token(token):
                 break
-            masks[depth] = self._fill(matcher)
+            self._fill(masks[depth], matcher)
         return masks
 
-    def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> Int32:
+    def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> None:
+        """Compile the grammar and compute the mask after `output`."""
         try:
             self._matcher = compiler.matcher(grammar)
-            self._words, self._stand_in = compiler.num_mask_words, compiler.stand_in
         except Exception:
             # Library or tokenizer is missing here, though the gateway has both: with an empty mask
             # this request ends with an error; the other requests of the group go on.
             log.exception("a grammar cannot be compiled")
-            return np.zeros(self._words, np.int32)
+            return
+        self._mask = np.zeros(compiler.num_mask_words, np.int32)
+        self._stand_in = compiler.stand_in
         if output:
             self._matcher.consume_tokens(list(output))
-        return self._fill(self._matcher)
+        self._fill(self._mask, self._matcher)
 
-    def advance(self, drawn: Future[Sequence[Sequence[int]]], row: int) -> Int32:
-        tokens = drawn.result()[row]  # done already: the only thread works in order
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Compute the mask after further tokens of the output."""
         if self._matcher is None:
-            return np.zeros(self._words, np.int32)
+            return
         for token in tokens:
             if token >= 0:  # -1: no token was allowed
                 self._matcher.consume_token(token)
-        return self._fill(self._matcher)
+        self._fill(self._mask, self._matcher)
 
-    def _fill(self, matcher: LLMatcher) -> Int32:
-        mask = np.zeros(self._words, np.int32)
+    def _fill(self, mask: Int32, matcher: LLMatcher) -> None:
         # A matcher in error allows the end, which would look like a complete output.
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if matcher.is_error():
-                mask[:] = 0
-            else:
+            if not matcher.is_error():
                 self._set_ends(mask.view(np.uint32), matcher)
-        return mask
+                return
+        mask[:] = 0
 
     def _set_ends(self, mask: npt.NDArray[np.uint32], matcher: LLMatcher) -> None:
         """Allow the sequence's end tokens where the output may end."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.lora import NO_ADAPTER, AdapterRows
-from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots
@@ -33,7 +33,7 @@ from arriero.shards.worker.drawn_rows import (
     emitted_tokens,
     has_drafts,
 )
-from arriero.shards.worker.grammar_masks import GrammarRows
+from arriero.shards.worker.grammar_masks import GrammarRows, mask_of
 from arriero.shards.worker.repeat_batch import RepeatBatch
 from arriero.shards.worker.rope_table import Rope
 
@@ -45,6 +45,7 @@ class _UnusualState:
     params: SamplingParams
     stop_tokens: tuple[int, ...]
     num_prompt: int
+    allowed_W: Int32 | None = None
     counts_V: npt.NDArray[np.int32] | None = None
     seen_V: npt.NDArray[np.bool_] | None = None
 
@@ -286,6 +287,8 @@ class SequenceTable:
         if not (penalized or biased or params.grammar or (params.min_tokens and new.stop_tokens)):
             return
         state = _UnusualState(params, tuple(new.stop_tokens), new.num_prompt)
+        if params.allowed_token_ids is not None:
+            state.allowed_W = mask_of(params.allowed_token_ids, self._vocab_size)
         if penalized:
             state.counts_V = np.zeros(self._vocab_size, np.int32)
             state.seen_V = np.zeros(self._vocab_size, np.bool_)
@@ -346,19 +349,17 @@ class SequenceTable:
                 "seen_RV": self.on_device(seen),
                 "counts_RV": self.on_device(counts),
             }
-        allowed_rows = {row: state.params.allowed_token_ids for row, state in states.items()}
         has_grammar = self._grammars is not None and any(
             slot in self._grammars for slot in slots.tolist()
         )
-        if has_grammar or any(ids is not None for ids in allowed_rows.values()):
-            allowed = np.ones((num_rows, vocab), np.bool_)
-            for row, ids in allowed_rows.items():
-                if ids is not None:
-                    allowed[row] = False
-                    allowed[row, list(ids)] = True
+        if has_grammar or any(state.allowed_W is not None for state in states.values()):
+            allowed = np.full((num_rows, num_mask_words(vocab)), -1, np.int32)
+            for row, state in states.items():
+                if state.allowed_W is not None:
+                    allowed[row] = state.allowed_W
             if has_grammar and self._grammars is not None:
                 self._grammars.allow(slots.tolist(), allowed, drawn.depths.tolist())
-            extra["allowed_RV"] = self.on_device(allowed)
+            extra["allowed_RW"] = self.on_device(allowed)
         bias = [
             (row, token, value)
             for row, state in states.items()

@@ -77,10 +77,16 @@ def batch_of(rows: list[Row], vocab: int, num_logprobs: int = -1) -> SamplingRow
         )
         if bias
         else None,
-        allowed_RV=allowed if any(r.allowed is not None for r in rows) else None,
+        allowed_RW=packed(allowed) if any(r.allowed is not None for r in rows) else None,
         num_logprobs=num_logprobs,
         all_greedy=all(r.temperature == 0 for r in rows),
     )
+
+
+def packed(allowed_RV: torch.Tensor) -> torch.Tensor:
+    """Masks with a bit for each token, of bools."""
+    padded = torch.nn.functional.pad(allowed_RV, (0, -allowed_RV.shape[1] % 32))
+    return torch.from_numpy(np.packbits(padded.numpy(), axis=1, bitorder="little").view(np.int32))
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:

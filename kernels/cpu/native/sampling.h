@@ -1,6 +1,7 @@
 // A row of logits to a token; `Ops.sample` and kernels/reference/sampling.py say what is meant.
 //
-// Knows numbers of one row; knows nothing of penalties and bans, which are in the logits by then.
+// Knows numbers of one row and its mask; knows nothing of biases and penalties, which are in the
+// logits by then.
 //
 // Likelihoods relative to the row's greatest are whole numbers of 44 binary digits, so that sums
 // have no order. Each filter keeps the weights from some floor up: the greatest floor that still
@@ -228,6 +229,31 @@ inline int64_t race(const int64_t* weights, int64_t columns, int64_t floor, int6
     return winner;
 }
 
+// The allowed columns of a row to the front of `kept`, with their logits; returns how many. A bit of
+// `allowed` for each column, the lowest bit of a word first.
+inline int64_t keep_allowed(const float* x, int64_t columns, const uint32_t* allowed, float* kept_x,
+                            int32_t* kept) {
+    int64_t count = 0;
+    for (int64_t from = 0; from < columns; from += 32) {
+        const int64_t size = std::min<int64_t>(32, columns - from);
+        uint32_t word = allowed[from / 32] & (~uint32_t(0) >> (32 - size));
+        if (word == ~uint32_t(0)) {
+            for (int64_t i = 0; i < 32; ++i) {
+                kept_x[count + i] = x[from + i];
+                kept[count + i] = int32_t(from + i);
+            }
+            count += 32;
+            continue;
+        }
+        for (; word != 0; word &= word - 1) {
+            const int64_t column = from + std::countr_zero(word);
+            kept_x[count] = x[column];
+            kept[count++] = int32_t(column);
+        }
+    }
+    return count;
+}
+
 // Parameters of the rows, each an array. The C struct that Python fills.
 struct Draws {
     const float* temperature;  // 0: greedy
@@ -237,11 +263,19 @@ struct Draws {
     const int64_t* seed;
     const int64_t* position;
     const int32_t* token_ids;  // for each column; null: the columns are the ids
+    const uint32_t* allowed;   // the rows' masks, a bit for each column; null: all are allowed
+    int64_t allowed_stride;    // words
 };
 
-// One row's token. `room`: for twice as many weights as the row has columns.
-inline int32_t draw(const float* x, int64_t columns, const Draws& draws, int64_t row,
-                    int64_t* room) {
+// The number of weights that `draw` needs room for.
+inline int64_t draw_room(int64_t columns, const Draws& draws) {
+    return (draws.allowed ? 4 : 2) * columns;
+}
+
+// One row's column of those given. `ids`: ids of the columns, or null. `room`: for twice as many
+// weights as there are columns.
+inline int32_t draw_of(const float* x, int64_t columns, const int32_t* ids, const Draws& draws,
+                       int64_t row, int64_t* room) {
     const int64_t best = best_of(x, columns);
     if (best < 0 || draws.temperature[row] == 0.0f) return int32_t(best);
     int64_t *weights = room, *spare = room + columns;
@@ -258,7 +292,26 @@ inline int32_t draw(const float* x, int64_t columns, const Draws& draws, int64_t
                                [&](Held held) { return double(held.sum) >= target; });
     }
     const RowKey key = row_key(uint64_t(draws.seed[row]), uint64_t(draws.position[row]));
-    return int32_t(race(weights, columns, floor, best, draws.token_ids, key));
+    return int32_t(race(weights, columns, floor, best, ids, key));
+}
+
+// One row's column. Only allowed columns are weighed, so that a mask saves time.
+// `room`: for `draw_room` weights.
+inline int32_t draw(const float* x, int64_t columns, const Draws& draws, int64_t row,
+                    int64_t* room) {
+    if (!draws.allowed) return draw_of(x, columns, draws.token_ids, draws, row, room);
+    float* kept_x = reinterpret_cast<float*>(room + 2 * columns);
+    int32_t* kept = reinterpret_cast<int32_t*>(kept_x + columns);
+    const uint32_t* allowed = draws.allowed + row * draws.allowed_stride;
+    const int64_t count = keep_allowed(x, columns, allowed, kept_x, kept);
+    const int32_t* ids = kept;
+    if (draws.token_ids) {
+        int32_t* kept_ids = kept + columns;
+        for (int64_t i = 0; i < count; ++i) kept_ids[i] = draws.token_ids[kept[i]];
+        ids = kept_ids;
+    }
+    const int32_t at = draw_of(kept_x, count, ids, draws, row, room);
+    return at < 0 ? at : kept[at];
 }
 
 }  // namespace arriero

@@ -13,7 +13,7 @@ import torch
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.ops import Ops
-from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
 from arriero.shards.worker.rope_table import Rope
 
 _GROWTH = 8
@@ -66,7 +66,8 @@ def draw_all_ways(ops: Ops, plain: SamplingRows, vocab_size: int) -> None:
     """
     zeros_R = torch.zeros_like(plain.temperature_R)
     logits_RV = zeros_R[:, None].repeat(1, vocab_size)
-    bans: dict[str, Any] = {"allowed_RV": logits_RV == 0}
+    words_RW = zeros_R[:, None].int().repeat(1, num_mask_words(vocab_size))
+    bans: dict[str, Any] = {"allowed_RW": ~words_RW}
     penalties: dict[str, Any] = {
         "repetition_R": zeros_R + 1,
         "presence_R": zeros_R,

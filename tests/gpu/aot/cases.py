@@ -23,7 +23,7 @@ from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.packed_weights import Vocab
-from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
 from arriero.kernels.triton import (
     embedding,
     experts,
@@ -227,7 +227,8 @@ def sampled(vocab: int, rows: int, greedy: bool) -> None:
         names = ("repetition_R", "presence_R", "frequency_R")
         more = dict.fromkeys(names, floats)
         more |= {"counts_RV": empty(rows, vocab, dtype=I32)}
-        more |= dict.fromkeys(("seen_RV", "allowed_RV"), empty(rows, vocab, dtype=torch.bool))
+        more |= {"seen_RV": empty(rows, vocab, dtype=torch.bool)}
+        more |= {"allowed_RW": empty(rows, num_mask_words(vocab), dtype=I32)}
     parameters = SamplingRows(
         temperature_R=floats,
         top_k_R=empty(rows, dtype=I32),

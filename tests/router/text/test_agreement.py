@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer
 
+from arriero.kernels.sampling_rows import num_mask_words
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import read_sampling
 from arriero.router.text.constraints import GrammarCheck
@@ -322,6 +324,14 @@ def test_what_is_odd_is_said(
     assert any(words in one for one in model.warnings), model.warnings
 
 
+def allowed_by(rows: GrammarRows, slot: int, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """The allowed tokens of a slot's next mask: [1, `vocab_size`]."""
+    words = np.full((1, num_mask_words(vocab_size)), -1, np.int32)
+    rows.allow([slot], words)
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    return bits[:, :vocab_size].view(np.bool_)
+
+
 @pytest.mark.parametrize("extra", [-40, -1, 0, 1, 40])
 def test_a_tokenizer_of_another_size_than_the_vocabulary(extra: int, tmp_path: Path) -> None:
     backend = make_tokenizer(CHATML_SPECIALS)
@@ -341,14 +351,12 @@ def test_a_tokenizer_of_another_size_than_the_vocabulary(extra: int, tmp_path: P
     rows.warm()
     rows.check_warm()
     rows.enter(0, 'start: "yes" | "no"', [], (1,))
-    allowed = np.ones((1, vocab_size), np.bool_)
-    rows.allow([0], allowed)
+    allowed = allowed_by(rows, 0, vocab_size)
     (first,) = allowed
     ids = np.flatnonzero(first)
     assert ids.size and all(backend.id_to_token(int(i))[0] in "yn" for i in ids)
     rows.enter(1, 'start: "yes" | "no"', backend.encode("yes").ids, (1,))
-    allowed = np.ones((1, vocab_size), np.bool_)
-    rows.allow([1], allowed)
+    allowed = allowed_by(rows, 1, vocab_size)
     assert np.flatnonzero(allowed[0]).tolist() == [1, 2]  # the request's end, and the model's
     rows.close()
 
@@ -364,8 +372,7 @@ def test_without_an_end_token_nothing_else_ends_a_grammar(
     rows = GrammarRows(str(tmp_path), vocab_size=size + 8, eos_token_ids=own)
     for ends in ((), (2,)):
         rows.enter(0, 'start: "yes"', backend.encode("yes").ids, ends)
-        allowed = np.ones((1, size + 8), np.bool_)
-        rows.allow([0], allowed)
+        allowed = allowed_by(rows, 0, size + 8)
         assert tuple(np.flatnonzero(allowed[0])) == ends
     rows.close()
 
