@@ -201,6 +201,36 @@ def test_a_part_of_the_vocabulary_has_the_noise_of_its_tokens(ops: Ops) -> None:
     assert drawn.tolist() == ids[columns].tolist()
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_masks_of_any_density(ops: Ops, share: float) -> None:
+    """Words with no bit, some bits and all bits; of banned logits not even NaN has an effect."""
+    vocab, kinds = 1003, ("greedy", "plain", "hot", "filters", "top_p", "penalties")
+    random = np.random.default_rng(8)
+    rows = [
+        dataclasses.replace(
+            CLASSES[kind],
+            seed=i,
+            position=i,
+            allowed=tuple(
+                {int(random.integers(vocab)), *np.flatnonzero(random.random(vocab) < share)}
+            ),
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    logits = logits_of(len(rows), vocab, seed=7)
+    ids = list(range(5, 5 + 3 * vocab, 3))
+    for token_ids in (None, ids):
+        batch = batch_of(rows, vocab)
+        if token_ids is not None:
+            batch = dataclasses.replace(batch, token_ids_V=torch.tensor(ids, dtype=torch.int32))
+        expected = [draw(x, row, token_ids) for x, row in zip(logits.numpy(), rows, strict=True)]
+        spoiled = logits.clone()
+        for x, row in zip(spoiled, rows, strict=True):
+            banned = sorted(set(range(vocab)) - set(row.allowed or ()))
+            x[banned[:3]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        assert ops.sample(spoiled, batch).tokens_R.tolist() == expected
+
+
 def test_like_distributions_share_most_draws(ops: Ops) -> None:
     """A little noise on the logits changes few draws: what drafts need.
 
