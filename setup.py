@@ -26,6 +26,7 @@ _HEADERS = [
     "decoder.h",
     "experts.h",
     "limits.h",
+    "lora_tiles.h",
     "lora.h",
     "pack.h",
     "sampling.h",

@@ -187,7 +187,6 @@ class LoraRows(ctypes.Structure):
     _fields_ = (
         ("order", ctypes.c_void_p),
         ("runs", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
         ("num_ordered", ctypes.c_int64),
         ("num_runs", ctypes.c_int64),
     )

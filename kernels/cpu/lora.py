@@ -66,7 +66,6 @@ def rows_struct(rows: AdapterRows, num_rows: int) -> LoraRows:
     return LoraRows(
         order=rows.order_X.ctypes.data,
         runs=rows.runs_N3.ctypes.data,
-        slots=rows.slot_T.data_ptr(),
         num_ordered=len(rows.order_X),
         num_runs=len(rows.runs_N3),
     )

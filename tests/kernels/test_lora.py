@@ -99,6 +99,27 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(ops_by_threads: tuple[Ops, 
         assert torch.equal(together, alone)
 
 
+def test_a_layers_rows_do_not_depend_on_their_company(ops_by_threads: tuple[Ops, Ops]) -> None:
+    """Rows of several blocks of a product, of tiles of 1 to 4 rows of an adapter, and alone."""
+    slots = np.array([0] * 97 + [2, 3, NO_ADAPTER, 2, 1, 3, 0, 2, 3, NO_ADAPTER, 0], np.int32)
+    x = torch.randn(len(slots), test_blocks.HIDDEN, generator=torch.Generator().manual_seed(1))
+    w, banks = test_blocks.weights(torch.float32, 1), lora(0)
+    results = []
+    for ops in ops_by_threads:
+        layer = replace(test_blocks.pack(ops, w, torch.float32), lora=banks)
+        together = ops.mlp_block(x, layer, AdapterRows.of(slots))
+        for row in (0, 50, 96, *range(97, len(slots))):
+            alone = ops.mlp_block(x[row : row + 1], layer, AdapterRows.of(slots[row : row + 1]))
+            assert torch.equal(alone[0], together[row]), row
+        results.append(together)
+    assert torch.equal(*results)
+
+
+def rows_out_of_order() -> AdapterRows:
+    """Rows of one slot, the later row first."""
+    return replace(rows_of(0, 0), order_X=np.array([1, 0], np.int32))
+
+
 def test_wrong_rows_are_refused() -> None:
     ops = backend("cpu")
     x, y, of = torch.zeros(2, 72), torch.zeros(2, 100), bank(72, 100)
@@ -107,6 +128,7 @@ def test_wrong_rows_are_refused() -> None:
         (replace(good, order_X=np.array([0, 2], np.int32)), "order"),
         (replace(good, runs_N3=np.array([[4, 0, 1]], np.int32)), "slot"),
         (replace(good, runs_N3=np.array([[0, 0, 3]], np.int32)), "stop"),
+        (rows_out_of_order(), "order"),
     ):
         with pytest.raises(ValueError, match=field):
             ops.add_lora(y, x, [of], wrong)

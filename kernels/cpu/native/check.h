@@ -75,8 +75,6 @@ inline void check(const LoraParts& parts, const LoraRows& rows, int64_t num_rows
             within("ranks", slot, lora.ranks[slot], 0, lora.max_rank);
         for (int64_t run = 0; run < rows.num_runs; ++run)
             within("slot", run, rows.runs[run].slot, 0, lora.slots - 1);
-        for (int64_t row = 0; row < num_rows; ++row)
-            within("slots", row, rows.slots[row], -1, lora.slots - 1);
     }
     for (int64_t run = 0; run < rows.num_runs; ++run) {
         within("start", run, rows.runs[run].start, 0, rows.num_ordered);
@@ -84,6 +82,9 @@ inline void check(const LoraParts& parts, const LoraRows& rows, int64_t num_rows
     }
     for (int64_t at = 0; at < rows.num_ordered; ++at)
         within("order", at, rows.order[at], 0, num_rows - 1);
+    for (int64_t run = 0; run < rows.num_runs; ++run)
+        for (int64_t at = rows.runs[run].start + 1; at < rows.runs[run].stop; ++at)
+            within("order", at, rows.order[at], rows.order[at - 1] + 1, num_rows - 1);
 }
 
 }  // namespace arriero

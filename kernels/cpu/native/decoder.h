@@ -136,12 +136,13 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.attn_norm, layer.eps,
                             layer.qkv, machine.normed.room(0));
     const bool rounded_qkv = rounds_inputs(layer.qkv, machine.exact);
-    const LoraCall qkv_lora = lora_of(machine, layer, &LayerLora::qkv, batch.adapters, tokens);
-    qkv_lora.shrink_rows(worker, normed, rounded_qkv);
-    product(worker, layer.qkv, normed, rounded_qkv, tokens, false, [&](const Block& b) {
-        qkv_lora.add(b);
-        put_block<false>(b, qkv, width, heads.width());
-    });
+    auto adapters_of = [&](LoraParts LayerLora::*product) {
+        return lora_of(machine, layer, product, batch.adapters, tokens);
+    };
+    const LoraCall qkv_lora = adapters_of(&LayerLora::qkv), o_lora = adapters_of(&LayerLora::o);
+    adapted_product(
+        worker, layer.qkv, normed, rounded_qkv, tokens, false, qkv_lora, o_lora,
+        [&](const Block& b) { put_block<false>(b, qkv, width, heads.width()); });
     share_rows(worker, tokens, [&](int64_t t) {
         rope_write(batch, t, heads, layer.style, qkv + t * width, kv, layer.index);
     });
@@ -151,15 +152,14 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
                              qkv, width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
-    const LoraCall o_lora = lora_of(machine, layer, &LayerLora::o, batch.adapters, tokens);
-    o_lora.shrink_rows(worker, mixed, rounded);
-    product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {
-        o_lora.add(b);
-        if (part != nullptr)
-            put_block<false>(b, part, hidden, layer.o.out_features);
-        else
-            put_block<true>(b, x, hidden, layer.o.out_features);
-    });
+    const LoraCall up_lora = adapters_of(&LayerLora::gate_up);
+    adapted_product(worker, layer.o, mixed, rounded, tokens, false, o_lora, up_lora,
+                    [&](const Block& b) {
+                        if (part != nullptr)
+                            put_block<false>(b, part, hidden, layer.o.out_features);
+                        else
+                            put_block<true>(b, x, hidden, layer.o.out_features);
+                    });
 }
 
 // silu(gate) * up, from raw sums.
@@ -206,8 +206,8 @@ struct GatedSums {
     }
 };
 
-// MLP half of a layer.
-inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer,
+// MLP half of a layer; `next`: the layer that comes after, or null.
+inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, const Layer* next,
                       const LoraRows* adapters, int64_t tokens, float* x, float* part) {
     const int64_t hidden = layer.gate_up.in_features;
     const bool rounded = rounds_inputs(layer.down, machine.exact);
@@ -217,22 +217,20 @@ inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer,
     const GatedSums gated{machine, layer.gate_up, mixed, rounded};
     const bool rounded_up = rounds_inputs(layer.gate_up, machine.exact);
     const LoraCall up_lora = lora_of(machine, layer, &LayerLora::gate_up, adapters, tokens);
-    up_lora.shrink_rows(worker, normed, rounded_up);
-    product(worker, layer.gate_up, normed, rounded_up, tokens, gated.paired(),
-            [&](const Block& b) {
-                up_lora.add(b);
-                gated.put(b, 0);
-            });
-    gated.finish(worker, tokens);
     const LoraCall down_lora = lora_of(machine, layer, &LayerLora::down, adapters, tokens);
-    down_lora.shrink_rows(worker, mixed, rounded);
-    product(worker, layer.down, mixed, rounded, tokens, false, [&](const Block& b) {
-        down_lora.add(b);
-        if (part != nullptr)
-            put_block<false>(b, part, hidden, layer.down.out_features);
-        else
-            put_block<true>(b, x, hidden, layer.down.out_features);
-    });
+    adapted_product(worker, layer.gate_up, normed, rounded_up, tokens, gated.paired(), up_lora,
+                    down_lora, [&](const Block& b) { gated.put(b, 0); });
+    gated.finish(worker, tokens);
+    const LoraCall next_lora =
+        lora_of(machine, next == nullptr ? layer : *next, &LayerLora::qkv,
+                next == nullptr ? nullptr : adapters, tokens);
+    adapted_product(worker, layer.down, mixed, rounded, tokens, false, down_lora, next_lora,
+                    [&](const Block& b) {
+                        if (part != nullptr)
+                            put_block<false>(b, part, hidden, layer.down.out_features);
+                        else
+                            put_block<true>(b, x, hidden, layer.down.out_features);
+                    });
 }
 
 // Room for `rows` rows of `size` gated columns in `to`; an odd last input must read as 0.

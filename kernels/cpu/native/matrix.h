@@ -12,6 +12,9 @@
 // kernel here, whatever its number of rows.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
 
 namespace arriero {
@@ -129,6 +132,55 @@ struct Matrix {
     }
 };
 
+inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Lines of memory that are fetched a few at a time between calls of kernels, so that memory works
+// while the kernels multiply.
+class Stream {
+  public:
+    void clear() {
+        pieces_.clear();
+        at_ = 0;
+        left_ = 0;
+    }
+    // `rows` rows of `bytes` bytes, `stride` bytes from one to the next.
+    void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
+        if (rows <= 0 || bytes <= 0) return;
+        if (bytes == stride) {
+            pieces_.push_back({first, kLine, ceil_div(rows * bytes, kLine)});
+            left_ += pieces_.back().lines;
+            return;
+        }
+        for (int64_t at = 0; at < bytes; at += kLine, left_ += rows)
+            pieces_.push_back({first + at, stride, rows});
+    }
+    // Spread what is left over so many calls of `step`.
+    void pace(int64_t steps) { each_ = ceil_div(left_, steps); }
+    void step() {
+        for (int64_t n = std::min(each_, left_); n > 0;) {
+            Piece& piece = pieces_[at_];
+            const int64_t lines = std::min(n, piece.lines);
+            const char* line = piece.next;
+            for (int64_t i = 0; i < lines; ++i, line += piece.stride) prefetch(line);
+            piece.next = line;
+            piece.lines -= lines;
+            left_ -= lines;
+            n -= lines;
+            if (piece.lines == 0) ++at_;
+        }
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    struct Piece {
+        const char* next;
+        int64_t stride, lines;
+    };
+    std::vector<Piece> pieces_;
+    size_t at_ = 0;
+    int64_t left_ = 0, each_ = 0;
+};
+
 // What one call of a kernel multiplies: M rows of `a` by V vectors at w[v], into c [M][V * 16].
 struct Tile {
     const char* a;
@@ -150,6 +202,7 @@ struct Tile {
     const float* sums;  // of each row's groups of inputs, where a kernel wants them
     int64_t sums_stride;  // floats
     char* kept;  // where a kernel leaves the pairs of bf16 that it made of the weights
+    Stream* stream;  // fetched between calls
 };
 
 using Kernel = void (*)(const Tile&);
@@ -162,8 +215,6 @@ inline F16 group_zeros(const Tile& t, int v, int64_t group) {
     return t.zero[v] ? load_plain(t.zero[v] + group * t.group_stride, t.scale_type)
                      : set1(kInt4Zero);
 }
-
-inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int M, int V>
 inline void store_tile(const Tile& t, const F16 (&acc)[M][V]) {

@@ -210,9 +210,9 @@ inline Kernel narrow_kernel_of(int32_t type, int rows) {
 }
 
 // A panel by `rows` rows. The inputs go by in blocks, and a block's weights stay in the first cache
-// until all rows have met them; `ahead`: the panel that is multiplied next. `t` has the first row
-// and the whole panel.
-inline void narrow_panel(const Matrix& m, int rows, const char* ahead, Tile t) {
+// until all rows have met them; `ahead`: the panel that is multiplied next; `panels_left`: how many
+// panels share the stream. `t` has the first row and the whole panel.
+inline void narrow_panel(const Matrix& m, int rows, const char* ahead, int panels_left, Tile t) {
     const Tile whole = t;
     const int64_t pairs = m.pairs(), bytes = vector_bytes(m.type), step = 2 * bytes;
     const int tiles = int(ceil_div(rows, kMaxRows));
@@ -226,6 +226,7 @@ inline void narrow_panel(const Matrix& m, int rows, const char* ahead, Tile t) {
         row += n;
     }
     t.fetch_step = step / passes;
+    t.stream->pace(panels_left * passes * ceil_div(pairs, block));
     for (int64_t start = 0; start < pairs; start += block) {
         t.pairs = std::min(block, pairs - start);
         t.resumes = start > 0;
@@ -247,6 +248,7 @@ inline void narrow_panel(const Matrix& m, int rows, const char* ahead, Tile t) {
                         t.zero[i] = m.zero ? whole.zero[v + i] + group * t.group_stride : nullptr;
                     }
                 }
+                t.stream->step();
                 kernel(t);
             }
             row += n;

@@ -81,6 +81,14 @@ struct Worker {
         Waiter waiter;
         while (phase.done.load(std::memory_order_acquire) != items) waiter.wait();
     }
+
+    // From inside an item of `share`: wait until the first `items` items are done. These must not
+    // wait, and every other item of the phase must.
+    void await(int items) {
+        if (num_threads == 1) return;
+        Waiter waiter;
+        while (phases[-1].done.load(std::memory_order_acquire) < items) waiter.wait();
+    }
 };
 
 class Pool {

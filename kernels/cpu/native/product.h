@@ -150,6 +150,9 @@ struct Block {
     float* c;
 };
 
+// What a thread fetches beside a block.
+inline thread_local Stream fetched;
+
 inline constexpr int kBlockStride = 2 * kPanel;
 
 // The sums of each group of inputs of `rows` rows, [row][group]; null where no kernel wants them.
@@ -197,6 +200,8 @@ inline void multiply_thin(const Matrix& m, [[maybe_unused]] bool rounded, const 
     t.fetch_second = fetch[1] ? fetch[1] : m.panel(block.second);
     place(t, m, 0, block.first);
     place(t, m, 2, block.second);
+    t.stream->pace(1);
+    t.stream->step();
 #if defined(ARRIERO_AVX2)
     narrow_kernel_of(m.type, 0)(t);
 #else
@@ -204,12 +209,13 @@ inline void multiply_thin(const Matrix& m, [[maybe_unused]] bool rounded, const 
 #endif
 }
 
-// A panel by a block of rows, whose first is `t.a`; `ahead`: the panel that is multiplied next.
+// A panel by a block of rows, whose first is `t.a`; `ahead`: the panel that is multiplied next;
+// `panels_left`: how many panels share the stream.
 inline void multiply_panel(const Matrix& m, [[maybe_unused]] bool rounded, int64_t panel, int rows,
-                           const char* ahead, Tile& t) {
+                           const char* ahead, int panels_left, Tile& t) {
     place(t, m, 0, panel);
 #if defined(ARRIERO_AVX2)
-    narrow_panel(m, rows, ahead, t);
+    narrow_panel(m, rows, ahead, panels_left, t);
 #else
     const int64_t step = 2 * vector_bytes(m.type);
     const int tiles = int(ceil_div(rows, kMaxRows));
@@ -217,9 +223,11 @@ inline void multiply_panel(const Matrix& m, [[maybe_unused]] bool rounded, int64
     if (expands) t.kept = expanded.room(t.pairs * 2 * vector_bytes(kBFloat16));
     int32_t type = m.type;
     t.fetch_step = ceil_div(step, tiles);
+    t.stream->pace(int64_t(panels_left) * tiles);
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int count = (rows - row) / (tiles - tile);
         t.fetch = ahead + tile * t.fetch_step * t.pairs;
+        t.stream->step();
         kernel_of(type, m.group != 0, rounded, false, count)(t);
         row += count;
         t.a += count * t.a_stride;
@@ -248,9 +256,9 @@ inline void with_columns(const Block& block, const float* numbers, F&& f) {
 }
 
 // Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null; `sums`
-// of the rows' groups.
+// of the rows' groups; `stream`: what else is fetched meanwhile.
 inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
-                     const char* const (&fetch)[2], const float* sums) {
+                     const char* const (&fetch)[2], const float* sums, Stream& stream) {
     Tile t{};
     t.a = a.data + block.row * a.stride;
     t.a_stride = a.stride;
@@ -262,15 +270,18 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
     t.group_stride = m.scale_bytes();
     t.sums = sums;
     t.sums_stride = m.groups();
+    t.stream = &stream;
     if (block.rows <= kThinRows && block.second >= 0) {
         multiply_thin(m, rounded, block, fetch, t);
     } else {
-        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+        const int halves = block.second < 0 ? 1 : 2;
+        for (int half = 0; half < halves; ++half) {
             const int64_t panel = half ? block.second : block.first;
             const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
             Tile own = t;
             own.c += half * kPanel;
-            multiply_panel(m, rounded, panel, block.rows, ahead ? ahead : m.panel(panel), own);
+            multiply_panel(m, rounded, panel, block.rows, ahead ? ahead : m.panel(panel),
+                           halves - half, own);
         }
     }
     if (m.group == 0 && m.scale != nullptr) with_columns(block, m.column_scales(), mul);
@@ -306,16 +317,25 @@ class Product {
     // finish(block) once for each block of sums; `after` is fetched meanwhile.
     template <class Finish>
     void run(int item, const Ahead& after, Finish&& finish) const {
+        run(item, after, [](const Block&, Stream&) {}, finish);
+    }
+
+    // As above; start(block, stream) before each block names what else is fetched meanwhile.
+    template <class Start, class Finish>
+    void run(int item, const Ahead& after, Start&& start, Finish&& finish) const {
         alignas(64) float c[kRowBlock * kBlockStride];
         const int64_t block = item / per_block_, from = item % per_block_ * chunk_;
         const int64_t row = num_rows_ * block / row_blocks_;
         const int rows = int(num_rows_ * (block + 1) / row_blocks_ - row);
         const int64_t to = std::min(from + chunk_, steps_);
         const float* sums = group_sums(m_, a_, row, rows);
+        Stream& stream = fetched;
         for (int64_t step = from; step < to; ++step) {
             const Ahead next = step + 1 < to ? panels_of(step + 1) : after;
             Block out{row, rows, first_of(step), second_of(step), c};
-            multiply(m_, a_, rounded_, out, {next.first, next.second}, sums);
+            stream.clear();
+            start(out, stream);
+            multiply(m_, a_, rounded_, out, {next.first, next.second}, sums, stream);
             finish(out);
         }
     }

@@ -345,11 +345,18 @@ inline void store_bf16(bf16* p, F16 a) {
 
 // Always the same tree.
 inline float reduce_add(F16 a) {
+#if defined(ARRIERO_AVX2)
+    const __m256 eight = _mm256_add_ps(a.a, a.b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
     float v[kLanes];
     store(v, a);
     for (int width = 8; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) v[i] += v[i + width];
     return v[0];
+#endif
 }
 
 inline float reduce_max(F16 a) {
