@@ -31,6 +31,7 @@ TL_TYPES: dict[torch.dtype, Any] = {
 
 
 COUNTS = (
+    "most_polls",
     "num_lanes",
     "num_pairs",
     "num_rows",
