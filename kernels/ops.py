@@ -49,9 +49,14 @@ from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.kernels.symmetric_memory import RankSums
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a partial result [T, H] over the slices of a tensor-parallel stage, perhaps in place."""
+
+ReduceNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
+"""(part, x, weight, eps): adds the sum of the slices' parts to x, in place, and gives the norm of
+x; the bits of `Reduce`, a sum and `Ops.rms_norm`. None, without any effect, where these do it."""
 
 Experts = Callable[[Tensor, MoELayer, AdapterRows | None], Tensor]
 """As `Ops.moe_block`, with experts on other ranks."""
@@ -68,6 +73,8 @@ class Ops(ABC):
     device: torch.device
     capturable: bool = False
     """A decode step may be captured in a CUDA graph: none of its ops waits for the device."""
+    rank_sums: RankSums | None = None
+    """Sums over memory that ranks share; None where the backend has none."""
 
     # Packing: once, at load; afterwards only the packed form remains.
 
@@ -380,6 +387,7 @@ class Ops(ABC):
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
+        reduce_norm: ReduceNorm | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """Build the pass through a stage's layers: (x [T, H], batch) to x [T, H], maybe in place.
 
@@ -392,6 +400,7 @@ class Ops(ABC):
             local_kv: cache of the layers with chunked attention, in order; None if they use `kv`.
             experts: runs layers with experts; None for `moe_block`.
             taps: functions that read x between layers; None for none.
+            reduce_norm: `reduce` fused with what follows; a backend may leave it unused.
         """
         caches = layer_caches(layers, kv, local_kv)
         reads = dict(taps or {})

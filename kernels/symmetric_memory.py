@@ -4,14 +4,16 @@ Every rank has a block of the same size, and every rank's kernels can read all b
 signals, then two buffers for parts. Program p of a kernel has its own signals and its own region of
 each buffer, so that programs need no order among them.
 
-Knows addresses and sizes; knows nothing of how the memory was made, and needs no CUDA.
+Knows addresses and sizes; knows nothing of how the memory was made. Needs no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROGRAMS = 64
 """Most programs of a kernel. A program waits for the same program of every other rank, so that all
@@ -49,9 +51,39 @@ class SymmetricMemory:
         """Bytes of a program's region of a buffer."""
         return self.buffer_nbytes // PROGRAMS
 
-    def holds(self, num_rows: int, row_nbytes: int) -> bool:
-        """Whether a buffer has room for so many rows: each program stores whole rows."""
-        return -(-num_rows // PROGRAMS) * stored_nbytes(row_nbytes) <= self.region_nbytes
+
+class RankSums(Protocol):
+    """Sums of the ranks' parts [T, H] in rank order; the bits are those of `Ops.add_parts`.
+
+    Every rank calls the same sums in the same order, with parts of the same shape; the wait for
+    the other ranks is on the device. The caller has asked `holds`. With `divides`, each rank sums
+    some of the rows, and reads the sums of the others.
+    """
+
+    def reduce(
+        self, memory: SymmetricMemory, part_TH: Tensor, *, divides: bool, most_polls: int = 0
+    ) -> Tensor:
+        """The sum [T, H].
+
+        Args:
+            memory: memory of the ranks.
+            part_TH: this rank's part.
+            divides: see above.
+            most_polls: reads of the signals before the kernel stops waiting and gives wrong
+                numbers; 0 for no limit.
+        """
+
+    def add_rms_norm(
+        self,
+        memory: SymmetricMemory,
+        part_TH: Tensor,
+        x_TH: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        *,
+        divides: bool,
+    ) -> Tensor:
+        """Add the sum to x, in place, and give the norm of x; x has the dtype of the parts."""
 
 
 def stored_nbytes(row_nbytes: int) -> int:
@@ -62,3 +94,8 @@ def stored_nbytes(row_nbytes: int) -> int:
 def block_nbytes(buffer_nbytes: int) -> int:
     """Bytes of a rank's block."""
     return SIGNALS_NBYTES + BUFFERS * buffer_nbytes
+
+
+def holds(buffer_nbytes: int, num_rows: int, row_nbytes: int) -> bool:
+    """Whether a buffer has room for so many rows: each program stores whole rows in its region."""
+    return -(-num_rows // PROGRAMS) * stored_nbytes(row_nbytes) <= buffer_nbytes // PROGRAMS

@@ -46,7 +46,7 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.lora import AdapterRows, LoraBank
-from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce
+from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce, ReduceNorm
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
@@ -366,6 +366,7 @@ class CpuOps(Ops):
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
+        reduce_norm: ReduceNorm | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 

@@ -21,10 +21,11 @@ from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce
+from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce, ReduceNorm
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.kernels.symmetric_memory import RankSums
 from arriero.kernels.triton import (
     embedding,
     expert_rows,
@@ -37,6 +38,7 @@ from arriero.kernels.triton import (
     sampling,
     scaled_products,
     sums,
+    symmetric_sums,
     weights,
 )
 from arriero.kernels.triton.activation import silu_mul
@@ -63,6 +65,7 @@ class TritonOps(Ops):
 
     name = "triton"
     capturable = True
+    rank_sums: RankSums | None = symmetric_sums
 
     def __init__(self, device: torch.device, *, batch_independent: bool) -> None:
         self.device, self.batch_independent = device, batch_independent
@@ -278,6 +281,7 @@ class TritonOps(Ops):
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
+        reduce_norm: ReduceNorm | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """The pass through a stage's layers; each residual sum is fused with the following norm."""
         caches = layer_caches(layers, kv, local_kv)
@@ -289,6 +293,13 @@ class TritonOps(Ops):
 
         reads = dict(taps or {})
 
+        def add_norm(part: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+            h_TH = None if reduce_norm is None else reduce_norm(part, x_TH, weight_H, eps)
+            if h_TH is not None:
+                return h_TH
+            part = part if reduce is None else reduce(part)
+            return norm.add_rms_norm(x_TH, part, weight_H, eps)
+
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
             if batch.adapters is not None:
                 return with_adapters(x_TH, batch)
@@ -298,22 +309,20 @@ class TritonOps(Ops):
                     reads[i](x_TH)
                 layer_batch = cache.batch(batch)
                 part = self._attention(h_TH, layer, cache.kv, cache.index, layer_batch)
-                part = part if reduce is None else reduce(part)
                 if isinstance(layer, MoELayer) and experts is not None:
-                    x_TH += part
+                    x_TH += part if reduce is None else reduce(part)
                     part = experts(x_TH, layer, None)
                 else:
-                    h_TH = norm.add_rms_norm(x_TH, part, layer.mlp_norm_H, layer.eps)
+                    h_TH = add_norm(part, x_TH, layer.mlp_norm_H, layer.eps)
                     if isinstance(layer, MoELayer):
                         part = self._moe(h_TH, layer)
                     else:
                         part = self._mlp(h_TH, layer)
-                part = part if reduce is None else reduce(part)
                 if i + 1 < len(layers):
                     after = layers[i + 1]
-                    h_TH = norm.add_rms_norm(x_TH, part, after.attn_norm_H, after.eps)
+                    h_TH = add_norm(part, x_TH, after.attn_norm_H, after.eps)
                 else:
-                    x_TH += part
+                    x_TH += part if reduce is None else reduce(part)
             if len(layers) in reads:
                 reads[len(layers)](x_TH)
             return x_TH

@@ -17,27 +17,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import triton
 import triton.language as tl
 from arriero.kernels.symmetric_memory import (
     BUFFERS,
     PROGRAMS,
-    SIGNAL_NBYTES,
     SIGNAL_SLOTS,
     SIGNALS_NBYTES,
     SymmetricMemory,
+    holds,
     stored_nbytes,
 )
 from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, unit_stride
 
-NO_LIMIT = 0
-"""Of polls of a signal: a wait for another rank ends by the watchdog of the group, not here."""
 
-
-@triton.jit
-def _meet(  # type: ignore[no-untyped-def]
-    address, rank, program, epoch, most_polls, RANKS: tl.constexpr, SLOTS: tl.constexpr
-):
+@kernel
+def _meet(
+    address: tl.tensor,
+    rank: tl.tensor,
+    program: tl.tensor,
+    epoch: tl.tensor,
+    most_polls: tl.tensor,
+    RANKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+) -> None:
     """Tell every rank that this program has come to `epoch`, and wait until all ranks have.
 
     What any thread of this program wrote before is visible to the other ranks' programs after.
@@ -60,16 +62,21 @@ def _meet(  # type: ignore[no-untyped-def]
     tl.debug_barrier()  # no thread reads before the signals were seen
 
 
-@triton.jit
-def _row(block, at, column, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+@kernel
+def _row(block: tl.tensor, at: tl.tensor, column: tl.tensor, STORED: tl.constexpr) -> tl.tensor:
     """Addresses of the numbers of a row in a block."""
     return tl.multiple_of((block + at).to(tl.pointer_type(STORED)), 16) + column
 
 
-@triton.jit
-def _ordered_sum(  # type: ignore[no-untyped-def]
-    address, at, column, valid, RANKS: tl.constexpr, STORED: tl.constexpr
-):
+@kernel
+def _ordered_sum(
+    address: tl.tensor,
+    at: tl.tensor,
+    column: tl.tensor,
+    valid: tl.tensor,
+    RANKS: tl.constexpr,
+    STORED: tl.constexpr,
+) -> tl.tensor:
     """The sum of a row's parts in rank order, each partial sum rounded."""
     total = tl.load(_row(tl.load(address), at, column, STORED), mask=valid, other=0.0)
     for rank in tl.static_range(1, RANKS):
@@ -149,9 +156,9 @@ def _symmetric_sum(
 
 
 def reduce(
-    memory: SymmetricMemory, part_TH: Tensor, *, divides: bool, most_polls: int = NO_LIMIT
+    memory: SymmetricMemory, part_TH: Tensor, *, divides: bool, most_polls: int = 0
 ) -> Tensor:
-    """See `Ops.symmetric_sum`."""
+    """See `RankSums.reduce`."""
     return _launch(memory, part_TH, None, None, 0.0, divides, most_polls)
 
 
@@ -164,10 +171,10 @@ def add_rms_norm(
     *,
     divides: bool,
 ) -> Tensor:
-    """See `Ops.symmetric_add_rms_norm`."""
+    """See `RankSums.add_rms_norm`."""
     assert x_TH.stride(-1) == 1, "the residual stream is updated in place"
     assert x_TH.dtype == part_TH.dtype, "the residual has the parts' dtype"
-    return _launch(memory, part_TH, x_TH, weight_H, eps, divides, NO_LIMIT)
+    return _launch(memory, part_TH, x_TH, weight_H, eps, divides, 0)
 
 
 def _launch(
@@ -181,7 +188,7 @@ def _launch(
 ) -> Tensor:
     num_rows, size = part_TH.shape
     row_nbytes = size * part_TH.element_size()
-    assert memory.holds(num_rows, row_nbytes), "the caller asks `holds`"
+    assert holds(memory.buffer_nbytes, num_rows, row_nbytes), "the caller asks `holds`"
     part_TH = unit_stride(part_TH)
     out_TH = torch.empty(num_rows, size, dtype=part_TH.dtype, device=part_TH.device)
     block = power_of_two(size)

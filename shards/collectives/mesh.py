@@ -1,6 +1,7 @@
 """Collectives of one slice: tensor-parallel sums, sends between pipeline stages, tokens.
 
-Over `torch.distributed`: gloo on CPU, NCCL on CUDA. Knows ranks and tensors; knows nothing of
+Over `torch.distributed`: gloo on CPU, NCCL on CUDA; sums of steps over memory that the GPUs of a
+machine share, where they can (`symmetric_sums`). Knows ranks and tensors; knows nothing of
 models or plans.
 
 Sums are taken in rank order, so that a row's sum does not depend on its position in the batch
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from arriero.kernels.ops import Ops
+from arriero.kernels.symmetric_memory import RankSums
 from arriero.shards.collectives.all_to_all import (
     DirectExchange,
     Exchange,
@@ -28,6 +31,11 @@ from arriero.shards.collectives.all_to_all import (
     topology,
 )
 from arriero.shards.collectives.divided_sum import divides_sum
+from arriero.shards.collectives.symmetric_sums import (
+    Ranks,
+    SymmetricSums,
+    open_symmetric_sums,
+)
 from arriero.shards.collectives.watchdog import Mark, Watchdog
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.parts import AnyPart
@@ -63,6 +71,8 @@ class Mesh:
         self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
         self.add_parts: Callable[[Tensor], Tensor] = added
+        self._rank_sums: RankSums | None = None
+        self._symmetric: SymmetricSums | None = None
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
         self._exchange: Exchange | None = None
@@ -78,6 +88,10 @@ class Mesh:
     def samples(self) -> bool:
         """Whether this rank samples tokens: tp rank 0 of the last stage."""
         return self.part.last_stage and self.part.tp_rank == 0
+
+    def use(self, ops: Ops) -> None:
+        """Take the ops' kernels for sums; before `join`."""
+        self.add_parts, self._rank_sums = ops.add_parts, ops.rank_sums
 
     def join(self, store: Store, host: str) -> None:
         """Join the other ranks of the group through `store`; every rank must call this.
@@ -111,6 +125,20 @@ class Mesh:
             self._join_stages(store, host)
         if self.device.type == "cuda":
             self._connect()
+            if self.tp > 1:
+                self._symmetric = self._open_symmetric_sums(store, host)
+
+    def _open_symmetric_sums(self, store: Store, host: str) -> SymmetricSums | None:
+        ranks = Ranks(
+            rank=self.part.tp_rank,
+            size=self.tp,
+            name=str(self._first),
+            store=store,
+            group=self._tp_group or dist.distributed_c10d._get_default_group(),
+            host=host,
+            device=self.device,
+        )
+        return open_symmetric_sums(ranks, self._rank_sums, self.reduce)
 
     def _own_device(self) -> torch.device | None:
         """The device that NCCL is to make its communicators on at once; None for gloo."""
@@ -192,6 +220,7 @@ class Mesh:
     def leave(self) -> None:
         """Leave the process group."""
         self._sending.clear()
+        self._symmetric = None
         self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -218,6 +247,9 @@ class Mesh:
         """Sum over the tensor-parallel ranks, in rank order; may work in place."""
         if self.tp == 1:
             return x_TH
+        if self._symmetric is not None and self._symmetric.takes(x_TH):
+            with self.watchdog.watch("all-reduce"):
+                return self._symmetric.reduce(x_TH)
         if self.tp == 2:  # a + b equals b + a: any algorithm keeps the order
             with self.watchdog.watch("all-reduce"):
                 dist.all_reduce(x_TH, group=self._tp_group)
@@ -228,6 +260,19 @@ class Mesh:
             gathered = x_TH.new_empty((self.tp * x_TH.shape[0], *x_TH.shape[1:]))
             all_gather(gathered, x_TH.contiguous(), self._tp_group)
         return self.add_parts(gathered.view(self.tp, *x_TH.shape))
+
+    def reduce_norm(
+        self, part_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float
+    ) -> Tensor | None:
+        """Add the sum over the tensor-parallel ranks to x, in place, and give the norm of x.
+
+        None, without any effect, where no kernel does all of it; then `reduce` is for the sum.
+        """
+        sums = self._symmetric
+        if sums is None or x_TH.dtype != part_TH.dtype or not sums.takes(part_TH):
+            return None
+        with self.watchdog.watch("all-reduce"):
+            return sums.add_rms_norm(part_TH, x_TH, weight_H, eps)
 
     def _divided_sum(self, x_TH: Tensor) -> Tensor:
         """The sum in two exchanges: each rank adds a part of the rows, and all gather the sums.

@@ -78,7 +78,7 @@ class Runner:
             config.threads,
             batch_independent=config.batch_independent,
         )
-        self.mesh.add_parts = self._ops.add_parts
+        self.mesh.use(self._ops)
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self.weight_checker = WeightChecker(config, part, config.world_size)
         self._tiers = TransferWorkers({})

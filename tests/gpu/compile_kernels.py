@@ -24,7 +24,7 @@ for folder in (ROOT / "src", ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from gpu.aot.limits import ATTENTION, all_broken  # noqa: E402  (the paths above come first)
+from gpu.aot.limits import SAME_ROW_SUMS, all_broken  # noqa: E402  (the paths above come first)
 from gpu.aot.table import markdown  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
@@ -125,7 +125,7 @@ def compile_case(case: str, capability: int, name: str) -> list[Row]:
             "seconds": round(binary.seconds, 2),
         }
         row |= {"error": binary.error} if binary.error else inspect(binary.binary)
-        if binary.kernel in ATTENTION and not binary.error:
+        if binary.kernel in SAME_ROW_SUMS and not binary.error:
             row["row_sums"] = row_sums(binary.binary.asm["ttgir"])
         rows.append(row)
     return rows

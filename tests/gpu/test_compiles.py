@@ -82,6 +82,11 @@ def test_kernels_that_sum_a_row_in_different_orders_are_named() -> None:
     assert not unlike([decode, prefill])
     (text,) = unlike([decode, prefill | {"row_sums": other}])
     assert text.startswith("sm_100 (a): decode and prefill sum a row in different orders")
+    norm = decode | {"kernel": "_rms_norm"}
+    sums_of_ranks = norm | {"kernel": "_symmetric_sum"}
+    assert not unlike([norm, sums_of_ranks | {"row_sums": []}, sums_of_ranks])
+    (text,) = unlike([norm, sums_of_ranks | {"row_sums": other}, sums_of_ranks])
+    assert text.startswith("sm_100 (a): norms sum a row in different orders")
 
 
 def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
@@ -101,4 +106,4 @@ def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(out.read_text())
-    assert {row["kernel"] for row in rows} == {"_matmul", "_quantize_rows"}
+    assert {row["kernel"] for row in rows} == {"_matmul", "_quantize_rows", "_symmetric_sum"}

@@ -94,7 +94,11 @@ class LlamaSlice:
         )
         self.taps = Taps(settings.taps, part.layers, last_stage=part.last_stage)
         self.decoder = ops.decoder(
-            self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None, taps=self.taps.hooks
+            self._layers,
+            self.kv,
+            mesh.reduce if mesh.tp > 1 else None,
+            taps=self.taps.hooks,
+            reduce_norm=mesh.reduce_norm if mesh.tp > 1 else None,
         )
 
     def _load(self, loader: Loader, offload_layers: int, folder: Path) -> None:

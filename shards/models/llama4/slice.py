@@ -226,6 +226,7 @@ class Llama4Slice:
             local_kv=self.local_kv,
             experts=self._experts,
             taps=self.taps.hooks,
+            reduce_norm=self.mesh.reduce_norm if self.mesh.tp > 1 else None,
         )
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:

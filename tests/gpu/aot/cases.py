@@ -24,6 +24,7 @@ from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
+from arriero.kernels.symmetric_memory import PROGRAMS, SymmetricMemory
 from arriero.kernels.triton import (
     embedding,
     experts,
@@ -32,6 +33,7 @@ from arriero.kernels.triton import (
     matmul,
     norm,
     sampling,
+    symmetric_sums,
 )
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.weights import Packed
@@ -176,6 +178,28 @@ def by_row(hidden: int, mlp: int) -> None:
             float8.quantize_rows(empty(rows, width), bound)
 
 
+def ranks_memory(ranks: int) -> SymmetricMemory:
+    """Memory that ranks share."""
+    return SymmetricMemory(
+        address_N=empty(ranks, dtype=I64),
+        epoch_P=empty(PROGRAMS, dtype=I64),
+        rank=0,
+        size=ranks,
+        buffer_nbytes=16 << 20,
+    )
+
+
+def sums_of_ranks(hidden: int, ranks: int) -> None:
+    """Sums over memory that ranks share, and the norm alone, whose bits the fused norm has."""
+    memory = ranks_memory(ranks)
+    rows, weight = 37, empty(hidden, dtype=F32)
+    norm.add_rms_norm(empty(rows, hidden), empty(rows, hidden), weight, 1e-5)
+    for divides in (False, True):
+        part, x = empty(rows, hidden), empty(rows, hidden)
+        symmetric_sums.add_rms_norm(memory, part, x, weight, 1e-5, divides=divides)
+        symmetric_sums.reduce(memory, part, divides=divides)
+
+
 def routed(num_experts: int, local: int) -> None:
     """Routing, the order of rows, their sum, and rows as they travel between ranks."""
     for tokens in (1, 64, 2048):
@@ -246,9 +270,10 @@ SUBSET = "subset for every test run"
 
 
 def subset() -> None:
-    """Two kernels that compile in seconds: a product of a prefill, and rows to float8."""
+    """Kernels that compile in seconds: a product of a prefill, rows to float8, a sum of ranks."""
     matmul.matmul(empty(2048, 4096), packed("int8", 4096, 4096), batch_independent=False)
     float8.quantize_rows(empty(37, 53248), 1200.0)
+    symmetric_sums.reduce(ranks_memory(2), empty(1, 4096), divides=False)
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -309,6 +334,8 @@ def _matmul_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def _other_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, sizes in {"8B": (4096, 14336), "405B": (16384, 53248)}.items():
         yield f"rows {name}", partial(by_row, *sizes)
+    for name, hidden, ranks in (("8B", 4096, 2), ("Maverick", 5120, 8), ("405B", 16384, 8)):
+        yield f"sums of {ranks} ranks {name}", partial(sums_of_ranks, hidden, ranks)
     for num_experts, local in ((128, 16), (128, 128), (128, 1)):
         name = f"routing of {num_experts} experts, {local} here"
         yield name, partial(routed, num_experts, local)

@@ -13,6 +13,9 @@ technical specifications)."""
 PRODUCTS = {"_matmul", "_grouped_matmul", "_prefill", "_decode_splits"}
 """Kernels whose time is matrix products."""
 ATTENTION = {"_prefill", "_decode_splits"}
+NORMS = {"_rms_norm", "_symmetric_sum"}
+SAME_ROW_SUMS = ATTENTION | NORMS
+"""Kernels whose sums of a row must have the same order wherever a case launches several of them."""
 ATTENTION_INSTRUCTIONS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 """Decode and prefill must sum by the same instructions, so that both give the same bits."""
 FP8_CAPABILITY = 89
@@ -25,19 +28,21 @@ def all_broken(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def unlike(rows: list[dict[str, Any]]) -> list[str]:
-    """Cases whose decode and prefill sum a row of scores in different orders, as texts.
+    """Cases whose kernels sum a row in different orders, as texts.
 
-    Their tokens would depend on whether a prompt came in one piece.
+    In attention, tokens would depend on whether a prompt came in one piece; of norms, on whether
+    the norm was fused with the sum over ranks.
     """
-    orders: dict[tuple[int, str], dict[str, list[str]]] = {}
+    orders: dict[tuple[int, str], dict[str, set[str]]] = {}
     for row in rows:
-        if "row_sums" in row:
+        if row.get("row_sums"):
             kernels = orders.setdefault((row["capability"], row["case"]), {})
-            kernels[row["kernel"]] = row["row_sums"]
+            kernels.setdefault(row["kernel"], set()).add(str(row["row_sums"]))
     return [
-        f"sm_{capability} ({case}): decode and prefill sum a row in different orders: {kernels}"
+        f"sm_{capability} ({case}): {'norms' if kernels.keys() <= NORMS else 'decode and prefill'} "
+        f"sum a row in different orders: {kernels}"
         for (capability, case), kernels in orders.items()
-        if len(set(map(str, kernels.values()))) > 1
+        if len(set[str]().union(*kernels.values())) > 1
     ]
 
 

@@ -9,7 +9,7 @@ It cannot see: races, NCCL itself, every rule of a real capture, the numbers of 
 
 The room: `ledger` counts and refuses; `tensors` are the tensors and what each op does to them;
 `runtime` stands in for `torch.cuda`, `launches` for Triton's launcher, `ranks` for NCCL and for the
-processes of a group.
+processes of a group, `symmetric` for memory that ranks share.
 """
 
 from support.fake_cuda.ledger import Ledger

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from support.fake_cuda.launches import checked_launches
 from support.fake_cuda.ledger import Ledger, Recorded
 from support.fake_cuda.ranks import gloo_for_nccl
+from support.fake_cuda.symmetric import shared_blocks
 from support.fake_cuda.tensors import (
     DEVICE,
     Simulation,
@@ -204,6 +205,7 @@ def simulated(*, vendor_products: bool = True) -> Iterator[Ledger]:
         stack.enter_context(device_guard())
         stack.enter_context(checked_launches(kept))
         stack.enter_context(gloo_for_nccl(kept))
+        stack.enter_context(shared_blocks())
         if vendor_products:
             stack.enter_context(_vendor_products())
         stack.enter_context(simulation)
