@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from arriero.cluster.planner.catalog import Device
 from arriero.cluster.planner.demand import KvDemand
+from arriero.shards.collectives.symmetric_sizes import symmetric_nbytes
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.families.registry import family_of
 from arriero.shards.layout.moe import MoEPart
@@ -100,7 +101,10 @@ def communication_bytes(
     itemsize: int,
     device: Device,
 ) -> int:
-    """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels."""
+    """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels.
+
+    Sums have both: memory that the ranks share, and buffers of the large sums that NCCL does.
+    """
     row = demand.max_batch_tokens * config.hidden_size * itemsize
     total = 0
     if layout.tp > 1:
@@ -114,6 +118,7 @@ def communication_bytes(
     if experts is not None and layout.tp * layout.dp > 1:
         total += 2 * row * layout.dp * experts.top_k  # dispatch and combine
     if device.cuda:
+        total += symmetric_nbytes() if layout.tp > 1 else 0
         groups, pairs = communicators(part, layout)
         total += groups * CHANNEL_BYTES + pairs * PAIR_BYTES
     return total

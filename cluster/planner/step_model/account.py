@@ -72,8 +72,9 @@ def account(plan: GroupPlan, load: StepLoad, per_node: int) -> Account:
             products=Products(plan.weights),
             load=load,
             captured=load.decodes and plan.layout.dp == 1,
+            per_node=per_node,
         )
-        works = (*ends(step), *layers(step), *collectives(step, per_node))
+        works = (*ends(step), *layers(step), *collectives(step))
         stages.append(works)
     return Account(plan=plan, load=load, stages=tuple(stages))
 

@@ -1,7 +1,8 @@
 """Work of the collectives of a step: sums over tp ranks, exchange of rows, hand-over of stages.
 
-As `shards/collectives/mesh.py` and `shards/collectives/expert_parallel.py` do them. Knows bytes and
-messages; knows nothing of links and time.
+As `shards/collectives/mesh.py`, `shards/collectives/symmetric_sums.py` and
+`shards/collectives/expert_parallel.py` do them. Knows bytes and messages; knows nothing of links
+and time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from arriero.cluster.planner.step_model.layers import RankStep
 from arriero.cluster.planner.step_model.work import Work
 from arriero.kernels.sizes import FLOAT
 from arriero.shards.collectives.divided_sum import divides_sum
+from arriero.shards.collectives.symmetric_sizes import divides_rows
 from arriero.shards.families.registry import family_of
 
 COUNT_BYTES = 4
@@ -21,28 +23,27 @@ _WIRE_BYTES = 2
 """Bytes of a number of a row that travels to an expert: bfloat16 for bfloat16 weights."""
 
 
-def collectives(step: RankStep, per_node: int) -> Iterator[Work]:
-    """Work of all collectives of a rank.
-
-    Args:
-        step: the rank in a step.
-        per_node: ranks on a machine.
-    """
+def collectives(step: RankStep) -> Iterator[Work]:
+    """Work of all collectives of a rank."""
     layout, part = step.plan.layout, step.rank.part
-    crosses = layout.stage_size > per_node
+    crosses = layout.stage_size > step.per_node
     if layout.tp > 1:
         sums = 2 * part.layers.size + part.first_stage  # the embedding's rows too
-        yield tp_sum(step, crosses).times(sums)
+        if step.symmetric:
+            yield _symmetric_sum(step, normed=True).times(step.normed_sums)
+            yield _symmetric_sum(step, normed=False).times(sums - step.normed_sums)
+        else:
+            yield tp_sum(step, crosses).times(sums)
     if step.exchanges and step.routed_layers:
         yield _exchange(step, crosses).times(step.routed_layers)
     if layout.pp > 1:
-        yield _hand_over(step, per_node)
+        yield _hand_over(step)
     if part.last_stage and layout.tp > 1:
         yield _logits(step, crosses)
 
 
 def tp_sum(step: RankStep, network: bool) -> Work:
-    """A sum of all rows over the tp ranks.
+    """A sum of all rows over the tp ranks by NCCL.
 
     Two ranks reduce; more gather all parts and add them, or from some size on exchange parts of the
     rows, add them, and gather the sums.
@@ -66,6 +67,25 @@ def tp_sum(step: RankStep, network: bool) -> Work:
         link_bytes=link_bytes,
         network=network,
         messages=messages,
+        captured=step.captured,
+    )
+
+
+def _symmetric_sum(step: RankStep, *, normed: bool) -> Work:
+    """A sum of all rows over the tp ranks through memory that the ranks share, in one launch.
+
+    The rank's part is read and stored, and then read by all ranks; with rows divided, once by the
+    rank that sums a row, and the sums by all. A sum with a norm after is not stored.
+    """
+    tp, size = step.plan.layout.tp, float(step.load.tokens * step.row)
+    divides = divides_rows(tp, step.load.tokens, step.row)
+    passes = 4 + 1 / tp if divides else 2.0 + tp
+    return Work(
+        item="TP sums",
+        nbytes=(passes + (not normed)) * size,
+        launches={"_symmetric_sum": 1},
+        link_bytes=(2 * (tp - 1) / tp if divides else tp - 1.0) * size,
+        meetings=2.0 if divides else 1.0,
         captured=step.captured,
     )
 
@@ -99,7 +119,7 @@ def _exchange(step: RankStep, network: bool) -> Work:
     )
 
 
-def _hand_over(step: RankStep, per_node: int) -> Work:
+def _hand_over(step: RankStep) -> Work:
     """Activations from the stage before and to the stage after, outside of graphs."""
     part, layout = step.rank.part, step.plan.layout
     size = step.load.tokens * step.row
@@ -110,7 +130,7 @@ def _hand_over(step: RankStep, per_node: int) -> Work:
         nbytes=size * (received + 3.0 * sent),
         launches=launches,
         link_bytes=float(size * received),
-        network=layout.world_size > per_node,
+        network=layout.world_size > step.per_node,
         messages={"recv": received, "send": sent},
         captured=False,
     )

@@ -70,13 +70,14 @@ CONSTANTS: Mapping[str, Constant] = {
     "all_reduce": _seconds(7e-6, NCCL),
     "all_gather": _seconds(13e-6, NCCL),
     "all_to_all": _seconds(10e-6, NCCL),
+    "meeting": _seconds(3e-6, ASSUMED),
     "broadcast": _seconds(15e-6, ASSUMED),
     "send": _seconds(10e-6, ASSUMED),
     "recv": _seconds(10e-6, ASSUMED),
     "message across machines": _seconds(15e-6, ASSUMED),
 }
 """Shares of the device's data sheet; least seconds of a kernel in a graph, of a launch outside of
-graphs and of a collective of a few bytes."""
+graphs, of a collective of a few bytes, and of a wait of ranks for each other within a kernel."""
 
 MEASURED: Mapping[str, tuple[str, str]] = {
     "product, memory": ("products by kind", "dense, 1 rows"),

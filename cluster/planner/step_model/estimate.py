@@ -2,9 +2,9 @@
 
 The floor of an item is the largest of three times: bytes over the memory's rate, operations over
 the matrix rate, received bytes over the link's rate. The estimate divides the floor by an
-efficiency, and adds the least time of each kernel and of each message; an item outside of graphs
-takes at least the time of its launches. Knows work, devices and constants; knows nothing of
-models.
+efficiency, and adds the least time of each kernel, of each message and of each meeting of ranks; an
+item outside of graphs takes at least the time of its launches. Knows work, devices and constants;
+knows nothing of models.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def estimate_s(work: Work, device: Device, constants: Mapping[str, Constant]) ->
     )  # the adds after a gather wait for the gather: the link's time comes on top
     seconds += link / value("network" if work.network else "link")
     seconds += sum(value(name) * count for name, count in work.messages.items())
+    seconds += value("meeting") * work.meetings
     if work.network:
         seconds += value("message across machines") * work.num_messages
     seconds += value(f"{work.kind}, kernel") * sum(work.launches.values())

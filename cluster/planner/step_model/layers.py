@@ -16,6 +16,7 @@ from arriero.cluster.planner.step_memory import MOST_SPLITS
 from arriero.cluster.planner.step_model.products import Products
 from arriero.cluster.planner.step_model.work import Item, StepLoad, Work
 from arriero.kernels.sizes import FLOAT
+from arriero.shards.collectives.symmetric_sizes import in_symmetric_memory
 from arriero.shards.families.registry import family_of
 from arriero.shards.layout.families import local_layers
 
@@ -34,6 +35,7 @@ class RankStep:
         products: products of the rank.
         load: sequences of the step.
         captured: the step is a CUDA graph.
+        per_node: ranks on a machine.
     """
 
     plan: GroupPlan
@@ -42,11 +44,26 @@ class RankStep:
     products: Products
     load: StepLoad
     captured: bool
+    per_node: int
 
     @property
     def row(self) -> int:
         """Bytes of a token's row of activations."""
         return self.plan.model.config.hidden_size * self.products.itemsize
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether sums over tp ranks go through memory that the ranks share."""
+        in_a_machine = 1 < self.plan.layout.tp <= self.per_node
+        return in_a_machine and in_symmetric_memory(self.load.tokens, self.row)
+
+    @property
+    def normed_sums(self) -> int:
+        """Sums over tp ranks that share a launch with the residual sum and the norm after."""
+        if not self.symmetric:
+            return 0
+        alone = 1 + (self.routed_layers if self.exchanges else 0)
+        return 2 * self.rank.part.layers.size - alone
 
     @property
     def routed_layers(self) -> int:
@@ -160,8 +177,9 @@ def _norms(step: RankStep) -> Iterator[Work]:
     """Two norms of a layer, each fused with the residual sum before; the last sum is alone."""
     num_layers, tokens = step.rank.part.layers.size, step.load.tokens
     fused = 2 * num_layers - 1  # the first norm adds nothing
-    nbytes = tokens * step.row * (4.0 * fused + 2)
-    yield step.rows("norms, residual", {"_rms_norm": 2 * num_layers}, nbytes)
+    with_sum = step.normed_sums  # launches of "TP sums", which read no sum from memory
+    nbytes = tokens * step.row * (4.0 * fused + 2 - with_sum)
+    yield step.rows("norms, residual", {"_rms_norm": 2 * num_layers - with_sum}, nbytes)
     sums = 1.0 + (step.routed_layers if step.exchanges else 0)
     yield step.rows("norms, residual", {"aten::add_": 1}, 3.0 * tokens * step.row).times(sums)
 

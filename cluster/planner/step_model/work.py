@@ -78,6 +78,7 @@ class Work:
         link_bytes: bytes that the rank receives from other ranks.
         network: the bytes and messages cross machines.
         messages: collectives and sends by name.
+        meetings: times that a launch waits for the same launch of the other ranks.
         host_waits: times that the host waits for the device.
         captured: the kernels run in a CUDA graph.
     """
@@ -90,6 +91,7 @@ class Work:
     link_bytes: float = 0.0
     network: bool = False
     messages: Mapping[str, float] = field(default_factory=dict)
+    meetings: float = 0.0
     host_waits: float = 0.0
     captured: bool = True
 
@@ -114,6 +116,7 @@ class Work:
             link_bytes=self.link_bytes * count,
             network=self.network,
             messages={name: number * count for name, number in self.messages.items()},
+            meetings=self.meetings * count,
             host_waits=self.host_waits * count,
             captured=self.captured,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,22 +13,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gpu import shapes
+from gpu.shapes import Shape
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from arriero.cluster.planner.catalog import DEVICES, find_model
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.step_model.account import account
-from arriero.cluster.planner.step_model.work import StepLoad, launches_by_kernel
+from arriero.cluster.planner.step_model.work import StepLoad, Work, launches_by_kernel
 from arriero.cluster.planner.weight_forms import weights_as
+from arriero.kernels.ops import Ops
+from arriero.kernels.symmetric_memory import (
+    PROGRAMS,
+    SIGNALS_NBYTES,
+    SymmetricMemory,
+    block_nbytes,
+)
 from arriero.kernels.triton import triton_ops
 from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.collectives.symmetric_sizes import BUFFER_NBYTES
+from arriero.shards.collectives.symmetric_sums import SymmetricSums
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.worker.cuda.runner import CudaRunner
 from support import triton_interpreter
-from support.fake_cuda import simulated
+from support.fake_cuda import Ledger, simulated
 from support.models import tiny_llama, tiny_llama4
 from support.quantized_models import quantized_llama
 
@@ -107,23 +120,54 @@ def test_launches_of_a_decode_step(tmp_path: Path, family: str, dtype: str) -> N
     assert +drawing == expected
 
 
-def test_launches_of_sums_and_logits_over_eight_ranks() -> None:
-    """Of rank 0 in a group whose other ranks do not exist: its own launches are what counts."""
+def eight_ranks(per_node: int) -> list[Work]:
+    """The work of a decode step of two sequences of the 8B at TP8."""
     model = find_model("llama-3.1-8b")
-    layout = ParallelConfig(tp=8)
     weights = weights_as(model.config, None, "bfloat16")
-    device = DEVICES["h200-141g"]
-    plan = plan_group(model, weights, layout, KvDemand(context=32), device, "triton")
-    works = account(plan, StepLoad(sequences=2, context=32), 8).works
-    sums, logits = (
-        [w for w in works if w.item == item] for item in ("TP sums", "logits to rank 0")
-    )
+    demand, device = KvDemand(context=32), DEVICES["h200-141g"]
+    plan = plan_group(model, weights, ParallelConfig(tp=8), demand, device, "triton")
+    return list(account(plan, StepLoad(sequences=2, context=32), per_node).works)
+
+
+@contextmanager
+def first_of_eight() -> Iterator[tuple[Ledger, Ops, Mesh]]:
+    """Rank 0 of a group whose other ranks do not exist: its own launches are what counts."""
     with simulated() as simulation:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
         part: Any = SimpleNamespace(rank=0, tp_rank=0, first_stage=True, last_stage=True)
-        mesh = Mesh(part, layout, device=torch.device("cuda"))
+        mesh = Mesh(part, ParallelConfig(tp=8), device=torch.device("cuda"))
         mesh.watchdog.marking = False
-        mesh.add_parts = triton_ops(torch.device("cuda"), batch_independent=False).add_parts
+        ops = triton_ops(torch.device("cuda"), batch_independent=False)
+        mesh.use(ops)
+        yield simulation, ops, mesh
+        mesh.leave()
+
+
+def symmetric_of_eight(ops: Ops) -> SymmetricSums:
+    """Sums of rank 0 with seven ranks that have given every signal already."""
+    blocks = [torch.zeros(block_nbytes(BUFFER_NBYTES), dtype=torch.uint8) for _ in range(8)]
+    blocks[0][:SIGNALS_NBYTES].view(torch.int64).fill_(1 << 40)
+    memory = SymmetricMemory(
+        address_N=torch.tensor([block.data_ptr() for block in blocks], device="cuda"),
+        epoch_P=torch.zeros(PROGRAMS, dtype=torch.int64, device="cuda"),
+        rank=0,
+        size=8,
+        buffer_nbytes=BUFFER_NBYTES,
+    )
+    assert ops.rank_sums is not None
+    return SymmetricSums(ops.rank_sums, memory, blocks)
+
+
+def kernels_of(recording: list[str]) -> Counter[str]:
+    return Counter(op for op in recording if op not in NO_KERNEL)
+
+
+def test_launches_of_sums_and_logits_over_eight_ranks() -> None:
+    works = eight_ranks(per_node=4)
+    sums, logits = (
+        [w for w in works if w.item == item] for item in ("TP sums", "logits to rank 0")
+    )
+    with first_of_eight() as (simulation, _, mesh):
         x_TH = torch.zeros(2, 16, device="cuda")
         tokens_R = torch.zeros(2, dtype=torch.int32, device="cuda")
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -131,13 +175,38 @@ def test_launches_of_sums_and_logits_over_eight_ranks() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             mesh.gather_logits(x_TH, [16] * 8)
             mesh.share_tokens(tokens_R)
-        mesh.leave()
-    summed, gathered = (
-        Counter(op for op in ops if op not in NO_KERNEL) for ops in simulation.recordings
-    )
+    summed, gathered = map(kernels_of, simulation.recordings)
     assert summed.pop("all_gather_single", 0) + summed.pop("all_gather_into_tensor", 0) == 1
     assert [dict(work.messages) for work in sums] == [{"all_gather": 65}]
     assert launches_by_kernel(sums) == Counter({name: 65 * n for name, n in summed.items()})
     (end,) = logits
     assert dict(end.messages) == {name: gathered.pop(name) for name in ("recv", "broadcast")}
     assert launches_by_kernel(logits) == gathered
+
+
+def test_launches_of_layers_over_eight_ranks() -> None:
+    """Two layers by NCCL and over symmetric memory: collective, adds and norm become a launch."""
+    shape = Shape(name="tiny", hidden=32, mlp=48, q_heads=4, kv_heads=1, head_dim=16, layers=2)
+    counts = []
+    with first_of_eight() as (simulation, ops, mesh):
+        device = torch.device("cuda")
+        sequences = [(20, 1)] * 2
+        layers = [shapes.layer(ops, shape, torch.float32, device) for _ in range(2)]
+        kv = shapes.cache(ops, shape, sequences, torch.float32, device)
+        batch = shapes.batch(sequences, shape.head_dim, device)
+        run = ops.decoder(layers, kv, mesh.reduce, reduce_norm=mesh.reduce_norm)
+        x_TH = torch.zeros(2, 32, device="cuda")
+        for symmetric in (None, symmetric_of_eight(ops)):
+            mesh._symmetric = symmetric
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                run(x_TH, batch)
+            counts.append(kernels_of(simulation.recordings[-1]))
+    by_nccl, shared = counts
+    gathers = by_nccl.pop("all_gather_single", 0) + by_nccl.pop("all_gather_into_tensor", 0)
+    assert gathers == by_nccl.pop("_add_parts") == by_nccl["_rms_norm"] == 4
+    assert shared.pop("_symmetric_sum") == 4 and shared["_rms_norm"] == 1
+    assert by_nccl - shared == Counter({"_rms_norm": 3}) and not shared - by_nccl
+    works = eight_ranks(per_node=8)
+    launches = launches_by_kernel(w for w in works if w.item in ("TP sums", "norms, residual"))
+    sums = 2 * 32 + 1  # the embedding's too
+    assert launches == Counter({"_symmetric_sum": sums, "_rms_norm": 1, "aten::add_": 1})

@@ -39,11 +39,12 @@ def step_of(
     layout: ParallelConfig,
     load: StepLoad,
     kernels: Kernels = "triton",
+    per_node: int = 8,
 ) -> Account:
     model = find_model(name)
     demand = KvDemand(context=max(load.context, 1024))
     weights = weights_as(model.config, model.scheme, dtype)
-    return account(plan_group(model, weights, layout, demand, H200, kernels), load, 8)
+    return account(plan_group(model, weights, layout, demand, H200, kernels), load, per_node)
 
 
 def bytes_of(step: Account, *items: Item) -> float:
@@ -126,11 +127,28 @@ def test_tp_sums_gather_the_parts_of_all_ranks() -> None:
     """More than two ranks receive all parts, or parts of many rows, and add them; two reduce."""
     for tp, rows, link_rows, launches in ((2, 64, 64, 1), (8, 32, 7 * 32, 2), (8, 64, 14 * 8, 3)):
         load = StepLoad(sequences=rows, context=1024)
-        step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(tp=tp), load)
+        layout = ParallelConfig(tp=tp)
+        step = step_of("llama-3.1-8b", "bfloat16", layout, load, per_node=tp // 2)
         sums = [work for work in step.works if work.item == "TP sums"]
         assert sum(work.link_bytes for work in sums) == 65 * link_rows * 4096 * 2
         assert sum(work.num_launches for work in sums) == 65 * launches
     assert all(work.captured for work in sums)
+
+
+def test_tp_sums_of_a_machine_are_launches_without_messages() -> None:
+    """Ranks read all parts, or the sums of divided rows; two ranks never divide."""
+    for tp, rows, link_rows, meetings in ((2, 256, 256, 1), (8, 16, 7 * 16, 1), (8, 64, 14 * 8, 2)):
+        load = StepLoad(sequences=rows, context=1024)
+        step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(tp=tp), load)
+        sums = [work for work in step.works if work.item == "TP sums"]
+        assert sum(work.link_bytes for work in sums) == 65 * link_rows * 4096 * 2
+        assert sum(work.num_launches for work in sums) == 65
+        assert sum(work.meetings for work in sums) == 65 * meetings
+        norms = [work for work in step.works if work.item == "norms, residual"]
+        assert sum(work.num_launches for work in norms) == 2, "the first norm, the last sum"
+    prompt = StepLoad(sequences=1, new_tokens=8192, context=8192)
+    step = step_of("llama-3.1-405b", "bfloat16", ParallelConfig(tp=8), prompt)
+    assert sum(work.meetings for work in step.works) == 0, "large sums are NCCL's"
 
 
 def test_data_parallel_attention_runs_outside_of_graphs() -> None:
