@@ -50,6 +50,7 @@ CHECKS = (
     check(20, "engine: Llama, graphs", "engine: Llama 4, graphs"),
     check(15, "engine: tiers"),
     check(15, "NCCL in a graph"),
+    check(40, "sums over symmetric memory"),
     *(
         check(15, f"rope, attention {heads}", f"bits, decode and prefill {heads}")
         for heads in HEADS
@@ -76,6 +77,7 @@ BENCHES = (
     bench(15, "attention by cache"),
     bench(12, "sampling"),
     bench(25, "slices over a fake group"),
+    bench(40, "sums over ranks"),
     bench(35, "Llama-3.1-8B"),
     bench(25, "layers of the large models"),
     bench(15, "attention, 128k"),

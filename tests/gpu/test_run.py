@@ -78,7 +78,7 @@ def test_dry_run(tmp_path: Path) -> None:
     for part in ("compiles", "checks", "benches", "tuning"):
         for name, one in report[part].items():
             assert "error" not in one and "skipped" not in one, (name, one)
-    assert len(report["checks"]) >= 38 and len(report["benches"]) == 8
+    assert len(report["checks"]) >= 39 and len(report["benches"]) == 9
     tuned = json.loads((tmp_path / "tuned.json").read_text())
     assert set(tuned) == {"attention", "product_by_rows"}
 
@@ -87,8 +87,10 @@ def test_every_check_bench_and_tuner_is_an_item(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     listing = """
 import json
-from gpu import benches, benches_formats, checks, checks_sizes, engine_checks, items, tune
+from gpu import benches, benches_formats, checks, checks_sizes, engine_checks, items
+from gpu import rank_sums, tune
 made = [*checks.NEAR, *checks.SAME, *checks_sizes.NEAR, *checks_sizes.SAME, *engine_checks.SAME]
+made += [*rank_sums.SAME, *rank_sums.BENCHES]
 made += [*benches.BENCHES, *benches_formats.BENCHES, *tune.TUNERS]
 print(json.dumps([made, [n for item in items.ITEMS for n in item.names if n != "kernels"]]))
 print(sum(i.estimate_s / (6 if i.kind == "check" else 1) for i in items.ITEMS))

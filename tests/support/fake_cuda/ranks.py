@@ -117,6 +117,7 @@ def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # no
                     "pageable": dict(ledger.pageable),
                     "captures": ledger.captures,
                     "compiles": dict(ledger.compiles),
+                    "launches": dict(ledger.launches),
                     "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
                 }
                 (reports / f"{rank}.json").write_text(json.dumps(counts))

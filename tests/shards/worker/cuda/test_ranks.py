@@ -92,6 +92,9 @@ def test_ranks_give_the_references_tokens(
             assert rank["captures"] == (0 if "dp" in mesh else 2 * sizes), "all at start"
             assert places(rank["waits"]) <= HOST_WAITS.keys(), rank["waits"]
             assert not rank["pageable"] or "dp" in mesh, rank["pageable"]
+            shared = rank["launches"].get("_symmetric_sum", 0)
+            reduced = sum(n for name, n in rank["collectives"] if name == "all_reduce")
+            assert not reduced and bool(shared) == ("tp" in mesh), "sums over symmetric memory"
             passes = sum(n for name, n in rank["collectives"] if name.startswith("all_gather"))
             waits = sum(rank["waits"].values())
             assert waits == (passes if "dp" in mesh else 0), "one for each layer with experts"
