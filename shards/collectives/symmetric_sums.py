@@ -90,10 +90,10 @@ class SymmetricSums:
         """Whether the buffers hold the rows; else the sum is another's."""
         return in_symmetric_memory(len(part_TH), _row_nbytes(part_TH))
 
-    def reduce(self, part_TH: Tensor, *, most_polls: int = 0) -> Tensor:
+    def reduce(self, part_TH: Tensor) -> Tensor:
         """The sum of all ranks' parts, in rank order; see `RankSums.reduce`."""
         divides = self._divides(part_TH)
-        return self._kernels.reduce(self._memory, part_TH, divides=divides, most_polls=most_polls)
+        return self._kernels.reduce(self._memory, part_TH, divides=divides)
 
     def add_rms_norm(self, part_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Add the sum to x, in place, and give the norm of x; see `RankSums.add_rms_norm`."""
@@ -102,38 +102,41 @@ class SymmetricSums:
             self._memory, part_TH, x_TH, weight_H, eps, divides=divides
         )
 
-    def rehearse(self, ranks: Ranks, reference: Callable[[Tensor], Tensor]) -> str:
-        """Sum a few rows in both forms, and compare the sums bit for bit.
+    def compile(self, device: torch.device) -> None:
+        """Compile the sums of a rehearsal, which takes each rank a time of its own."""
+        self._rehearsed(self._rehearsal_parts(device), 1)
+        torch.cuda.synchronize(device)
+
+    def rehearse(self, device: torch.device, reference: Callable[[Tensor], Tensor]) -> str:
+        """Sum a few rows in both forms, and compare the sums bit for bit; all ranks at once.
 
         Args:
-            ranks: the ranks.
+            device: this rank's GPU.
             reference: the sum by another way.
 
         Returns:
             What is wrong, on this rank; "" for nothing.
         """
-        device, generator = ranks.device, torch.Generator().manual_seed(ranks.rank)
-        parts = [
+        parts = self._rehearsal_parts(device)
+        expected = [reference(part.clone()) for part, _ in parts]
+        totals = self._rehearsed(parts, REHEARSAL_POLLS)
+        wrong = sum(not torch.equal(*pair) for pair in zip(totals, expected, strict=True))
+        return f"{wrong} of {len(parts)} sums of the rehearsal differ from NCCL's" if wrong else ""
+
+    def _rehearsal_parts(self, device: torch.device) -> list[tuple[Tensor, bool]]:
+        """This rank's parts, unlike those of the others, and whether the rows are divided."""
+        generator = torch.Generator().manual_seed(self._memory.rank)
+        return [
             (torch.randn(*shape, generator=generator).to(device), divides)
             for shape in REHEARSALS
             for divides in (False, True)
         ]
 
-        def sums(most_polls: int) -> list[Tensor]:
-            return [
-                self._kernels.reduce(self._memory, part, divides=divides, most_polls=most_polls)
-                for part, divides in parts
-            ]
-
-        sums(1)  # compiles, which takes each rank a time of its own; the numbers mean nothing
-        torch.cuda.synchronize(device)
-        ranks.gather("compiled", "")
-        totals = sums(REHEARSAL_POLLS)
-        wrong = sum(
-            not torch.equal(total, reference(part.clone()))
-            for total, (part, _) in zip(totals, parts, strict=True)
-        )
-        return f"{wrong} of {len(parts)} sums of the rehearsal differ from NCCL's" if wrong else ""
+    def _rehearsed(self, parts: list[tuple[Tensor, bool]], most_polls: int) -> list[Tensor]:
+        return [
+            self._kernels.reduce(self._memory, part, divides=divides, most_polls=most_polls)
+            for part, divides in parts
+        ]
 
     def _divides(self, part_TH: Tensor) -> bool:
         return divides_rows(self._memory.size, len(part_TH), _row_nbytes(part_TH))
@@ -160,9 +163,7 @@ def open_symmetric_sums(
         refusal = _first(ranks.gather("memory", failure))
     if not refusal:
         assert sums is not None, "no rank has failed"
-        made = sums
-        differs, failure = _attempt(lambda: made.rehearse(ranks, reference))
-        refusal = _first(ranks.gather("rehearsal", failure or differs or ""))
+        refusal = _rehearsal(ranks, sums, reference)
     if ranks.rank == 0:
         _log.info(
             "sums of %d tensor-parallel ranks: %s",
@@ -170,6 +171,16 @@ def open_symmetric_sums(
             f"NCCL ({refusal})" if refusal else "symmetric memory",
         )
     return None if refusal else sums
+
+
+def _rehearsal(ranks: Ranks, sums: SymmetricSums, reference: Callable[[Tensor], Tensor]) -> str:
+    """Why the sums of all ranks are not to be used; "" for nothing. The same on all ranks."""
+    _, failure = _attempt(lambda: sums.compile(ranks.device))
+    refusal = _first(ranks.gather("compiled", failure))
+    if refusal:
+        return refusal
+    wrong, failure = _attempt(lambda: sums.rehearse(ranks.device, reference))
+    return _first(ranks.gather("rehearsal", failure or wrong or ""))
 
 
 def _refusal(ranks: Ranks, kernels: RankSums | None) -> str:
@@ -229,8 +240,8 @@ def _share_memory(ranks: Ranks, kernels: RankSums) -> SymmetricSums:
     os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    nbytes = symmetric_nbytes()
-    block = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=ranks.device)
+    nbytes, device = symmetric_nbytes(), torch.device("cuda", torch.cuda.current_device())
+    block = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     block.zero_()  # signals begin at 0
     torch.cuda.synchronize(ranks.device)
     handle: Any = symmetric_memory.rendezvous(block, ranks.group)

@@ -32,6 +32,7 @@ class Rank:
         gpu: number of its GPU.
         kernels: its backend's kernels.
         error: of the rendezvous on this rank.
+        broken: why its kernels do not compile.
         differs: what its rehearsal finds.
     """
 
@@ -39,6 +40,7 @@ class Rank:
     gpu: int = 0
     kernels: Any = KERNELS
     error: str = ""
+    broken: str = ""
     differs: str = ""
 
 
@@ -48,11 +50,15 @@ USUAL = (Rank(), Rank(gpu=1))
 class Sums:
     """Sums after a rendezvous."""
 
-    def __init__(self, differs: str) -> None:
-        self.differs = differs
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
 
-    def rehearse(self, ranks: Ranks, reference: Callable[[Tensor], Tensor]) -> str:
-        return self.differs
+    def compile(self, device: torch.device) -> None:
+        if self.rank.broken:
+            raise ValueError(self.rank.broken)
+
+    def rehearse(self, device: torch.device, reference: Callable[[Tensor], Tensor]) -> str:
+        return self.rank.differs
 
 
 def decided(monkeypatch: pytest.MonkeyPatch, group: tuple[Rank, ...]) -> list[object]:
@@ -67,7 +73,7 @@ def decided(monkeypatch: pytest.MonkeyPatch, group: tuple[Rank, ...]) -> list[ob
         error = group[ranks.rank].error
         if error:
             raise RuntimeError(error)
-        return Sums(group[ranks.rank].differs)
+        return Sums(group[ranks.rank])
 
     monkeypatch.setattr(symmetric_sums, "_share_memory", share)
     store = HashStore()
@@ -107,6 +113,7 @@ def test_ranks_of_a_machine_use_symmetric_memory(
             "rank 1: the backend of the kernels has no such sums",
         ),
         ((Rank(), Rank(gpu=1, error="no P2P")), "rank 1: RuntimeError: no P2P"),
+        ((Rank(broken="no ptxas"), Rank(gpu=1)), "rank 0: ValueError: no ptxas"),
         ((Rank(differs="1 differs"), Rank(gpu=1)), "rank 0: 1 differs"),
         (tuple(Rank(gpu=gpu) for gpu in range(17)), "rank 0: 17 ranks; at most 16 have signals"),
     ],
