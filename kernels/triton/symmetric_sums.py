@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.symmetric_memory import (
-    BUFFERS,
-    PROGRAMS,
-    SIGNAL_SLOTS,
-    SIGNALS_NBYTES,
-    SymmetricMemory,
-    holds,
-    stored_nbytes,
-)
+from arriero.kernels import symmetric_memory
+from arriero.kernels.symmetric_memory import SymmetricMemory
 from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, unit_stride
 
 
@@ -188,12 +181,14 @@ def _launch(
 ) -> Tensor:
     num_rows, size = part_TH.shape
     row_nbytes = size * part_TH.element_size()
-    assert holds(memory.buffer_nbytes, num_rows, row_nbytes), "the caller asks `holds`"
+    assert symmetric_memory.holds(memory.buffer_nbytes, num_rows, row_nbytes), (
+        "the caller asks `holds`"
+    )
     part_TH = unit_stride(part_TH)
     out_TH = torch.empty(num_rows, size, dtype=part_TH.dtype, device=part_TH.device)
     block = power_of_two(size)
     if num_rows:
-        _symmetric_sum[(min(num_rows, PROGRAMS),)](
+        _symmetric_sum[(min(num_rows, symmetric_memory.PROGRAMS),)](
             memory.address_N,
             memory.epoch_P,
             part_TH,
@@ -205,17 +200,17 @@ def _launch(
             0 if x_TH is None else x_TH.stride(0),
             memory.rank,
             memory.region_nbytes,
-            stored_nbytes(row_nbytes),
+            symmetric_memory.stored_nbytes(row_nbytes),
             most_polls,
             eps,
             NORMS=x_TH is not None,
             DIVIDES=divides,
             RANKS=memory.size,
             SIZE=size,
-            SIGNALS=SIGNALS_NBYTES,
-            SLOTS=SIGNAL_SLOTS,
-            BUFFERS=BUFFERS,
-            PROGRAMS=PROGRAMS,
+            SIGNALS=symmetric_memory.SIGNALS_NBYTES,
+            SLOTS=symmetric_memory.SIGNAL_SLOTS,
+            BUFFERS=symmetric_memory.BUFFERS,
+            PROGRAMS=symmetric_memory.PROGRAMS,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),  # as `_rms_norm`: the same order of a sum
             **EXACT,

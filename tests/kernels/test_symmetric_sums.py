@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
+from arriero.kernels import symmetric_memory
 from arriero.kernels.symmetric_memory import SymmetricMemory, block_nbytes, holds
 from arriero.kernels.triton import norm, symmetric_sums
 from arriero.shards.collectives.mesh import added
@@ -123,8 +124,7 @@ def any_pace(rank: int, chance: random.Random) -> float:
 
 
 def use_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(symmetric_sums, "PROGRAMS", count)
-    monkeypatch.setattr("arriero.kernels.symmetric_memory.PROGRAMS", count)
+    monkeypatch.setattr(symmetric_memory, "PROGRAMS", count)
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_a_rank_that_reads_late_reads_what_was_summed(
     use_programs(monkeypatch, 1)  # the interpreter runs programs one after another
     sums: list[Sum] = [(2, 16, FLOAT32, divides, False)] * 4
     assert run_ranks(2, sums, first_reads_late) == [[], []]
-    monkeypatch.setattr(symmetric_sums, "BUFFERS", 1)
+    monkeypatch.setattr(symmetric_memory, "BUFFERS", 1)
     wrong = run_ranks(2, sums, first_reads_late)
     assert wrong != [[], []], "with a single buffer the next sum overwrites what was not read"
 

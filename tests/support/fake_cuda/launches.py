@@ -5,6 +5,7 @@ Knows Triton's interpreter and tensors; knows no kernel.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,11 +52,19 @@ def specialization(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> tu
 def checked_launches(ledger: Ledger) -> Iterator[None]:
     """Check and count each launch; nothing to do where Triton is not installed."""
     try:
-        from triton.runtime.interpreter import GridExecutor
+        from triton._C.libtriton import ir
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
     except ImportError:
         yield
         return
-    interpret = GridExecutor.__call__
+    interpret, signal = GridExecutor.__call__, InterpreterBuilder.create_atomic_rmw
+
+    def signal_and_yield(*args: Any) -> Any:  # noqa: ANN401
+        """A rank that asks for another rank's signal leaves that rank the core."""
+        result = signal(*args)
+        if args[-1] == ir.MEM_SYNC_SCOPE.SYSTEM:
+            time.sleep(0.0005)
+        return result
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         name = self.fn.__name__
@@ -82,5 +91,8 @@ def checked_launches(ledger: Ledger) -> Iterator[None]:
         if ledger.recording is not None:
             ledger.recording.append(Recorded(run, name))
 
-    with mock.patch.object(GridExecutor, "__call__", launch):
+    with (
+        mock.patch.object(GridExecutor, "__call__", launch),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", signal_and_yield),
+    ):
         yield

@@ -70,6 +70,7 @@ def shared_blocks() -> Iterator[None]:
         return Handle(blocks)
 
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, uuid=str(os.getpid()))
+    from arriero.kernels import symmetric_memory as layout
     from arriero.shards.collectives import symmetric_sums as product
 
     with ExitStack() as stack:
@@ -77,7 +78,8 @@ def shared_blocks() -> Iterator[None]:
             (symmetric_memory, "empty", empty),
             (symmetric_memory, "rendezvous", rendezvous),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
-            (product, "REHEARSALS", ((1, 24), (3, 16))),  # a row takes the interpreter long
+            (product, "REHEARSALS", ((1, 24), (3, 16))),
+            (layout, "PROGRAMS", 2),  # a program takes the interpreter long
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield
