@@ -222,8 +222,9 @@ def test_measured_constants_exist_in_both_tables() -> None:
 
 
 def test_launches_of_the_measured_slice() -> None:
-    """Every layer of Scout has experts, as the layers of the bench."""
-    step = step_of("llama-4-scout", "bfloat16", ParallelConfig(tp=8, ep=8), DECODE)
+    """Every layer of Scout has experts, as the layers of the bench; its ranks sum by NCCL."""
+    layout = ParallelConfig(tp=8, ep=8)
+    step = step_of("llama-4-scout", "bfloat16", layout, DECODE, per_node=4)
     ends = ("step inputs", "embedding", "vocabulary product", "logits to rank 0", "sampling")
     launches = sum(work.num_launches for work in step.works if work.item not in ends)
     embedding_sum, last_sum, rows_copy = 2, 1, 1
