@@ -309,8 +309,13 @@ class Ops(ABC):
         ]
         return torch.cat(parts) if parts else x_XI.new_empty(0, experts[0].out_features)
 
-    def forget_experts(self, layer: MoELayer) -> None:  # noqa: B027
-        """Free cached data of a layer's experts after other experts have replaced them."""
+    def replace_experts(self, old: MoELayer, new: MoELayer) -> None:  # noqa: B027
+        """Let cached data of a layer's experts be of other experts, and free what is left over.
+
+        Args:
+            old: the layer with the experts before.
+            new: the layer with as many experts, packed alike.
+        """
 
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Undo `moe_permute`: sum the rows of each token in the order of its choices: [T, H]."""

@@ -36,6 +36,7 @@ from arriero.kernels.triton import (
     norm,
     rope,
     sampling,
+    scaled_experts,
     scaled_products,
     sums,
     symmetric_sums,
@@ -43,9 +44,9 @@ from arriero.kernels.triton import (
 )
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.decode import attend_decodes
+from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import unit_stride
-from arriero.kernels.triton.matmul import ExpertWeights
 from arriero.kernels.triton.prefill import attend_prefills
 from arriero.kernels.triton.tuning import attention_blocks
 from arriero.kernels.triton.upload import Upload
@@ -209,7 +210,11 @@ class TritonOps(Ops):
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """The rows of each expert times its matrix, in a single launch."""
-        if experts[0].inputs is not None:
+        inputs = experts[0].inputs
+        if inputs is not None:
+            if inputs.bound is not None and self._scales_in_experts(x_XI, experts):
+                table, rows = self._table(experts), x_XI.shape[0]
+                return scaled_experts.multiply(x_XI, table, inputs.bound, starts_E1, rows)
             return input_transform.grouped_linear(self, x_XI, experts, starts_E1)
         return matmul.grouped_matmul(
             self._input(x_XI, experts[0].packed),
@@ -219,10 +224,22 @@ class TritonOps(Ops):
             batch_independent=self.batch_independent,
         )
 
-    def forget_experts(self, layer: MoELayer) -> None:
-        """Drop the tables of a layer's experts; the tables keep the weights alive."""
-        for linears in (layer.experts_gate_up, layer.experts_down):
-            self._experts.pop(_key(linears), None)
+    def _scales_in_experts(self, x: Tensor, experts: Sequence[Linear]) -> bool:
+        """Whether torch's grouped float8 product computes this one; see `scaled_experts`."""
+        if experts[0].inputs is None or (x.is_cuda and x.dtype != torch.bfloat16):
+            return False
+        return self._table(experts).stack is not None
+
+    def replace_experts(self, old: MoELayer, new: MoELayer) -> None:
+        """Put other experts into the tables of a layer, which captured graphs read."""
+        for before, after in (
+            (old.experts_gate_up, new.experts_gate_up),
+            (old.experts_down, new.experts_down),
+        ):
+            table = self._experts.pop(_key(before), None)
+            if table is not None:
+                table.replace([linear.packed for linear in after])
+                self._experts[_key(after)] = table
 
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Sum the rows of each token in the order of its choices."""
@@ -344,6 +361,9 @@ class TritonOps(Ops):
     def _moe(self, h_TH: Tensor, layer: MoELayer) -> Tensor:
         routing = self.moe_route(h_TH, layer.router, layer.top_k)
         if layer.experts_down[0].inputs is not None:
+            linears = layer.experts_gate_up, layer.experts_down
+            if all(self._scales_in_experts(h_TH, experts) for experts in linears):
+                return self._scaled_moe(h_TH, layer, routing)
             return self._moe_with_transform(h_TH, layer, routing)
         order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
         rows = routing.experts_TA.numel()
@@ -364,6 +384,24 @@ class TritonOps(Ops):
             rows,
             batch_independent=self.batch_independent,
         )
+        return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
+
+    def _scaled_moe(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
+        """As `_moe`, by torch's grouped float8 products: two launches for each product."""
+        order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
+        multiply, rows = scaled_experts.multiply, routing.experts_TA.numel()
+        gate_up, down = self._table(layer.experts_gate_up), self._table(layer.experts_down)
+        y_XF2 = multiply(
+            h_TH,
+            gate_up,
+            _bound(layer.experts_gate_up),
+            order.starts_E1,
+            rows,
+            tokens_X=order.token_X,
+            scores_X=order.score_X,
+        )
+        gated_XF = silu_mul(y_XF2)
+        y_XH = multiply(gated_XF, down, _bound(layer.experts_down), order.starts_E1, rows)
         return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
 
     def _moe_with_transform(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
@@ -391,7 +429,11 @@ class TritonOps(Ops):
         key = _key(linears)
         table = self._experts.get(key)
         if table is None:
-            table = self._experts[key] = ExpertWeights([linear.packed for linear in linears])
+            stacked = not self.batch_independent and scaled_experts.takes(linears)
+            table = self._experts[key] = ExpertWeights(
+                [linear.packed for linear in linears],
+                stacked=stacked and scaled_experts.works_on(self.device),
+            )
         return table
 
     def _check_kind(self, weight: QuantizedWeight) -> None:
@@ -408,6 +450,13 @@ class TritonOps(Ops):
 def _key(experts: Sequence[Linear]) -> tuple[int, ...]:
     """Key of a table of experts; the table keeps the experts alive, so that ids stay unique."""
     return tuple(id(expert.packed) for expert in experts)
+
+
+def _bound(experts: Sequence[Linear]) -> float:
+    """Bound of the rows' scales, where `scaled_experts` takes the experts."""
+    inputs = experts[0].inputs
+    assert inputs is not None and inputs.bound is not None, "the caller checks"
+    return inputs.bound
 
 
 def _own(kv: KVCache) -> TritonKVCache:

@@ -14,19 +14,11 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.expert_rows import MIN_AMAX, RowFormat, row_bytes
 from arriero.kernels.quantized_weight import FP8_MAX
-from arriero.kernels.triton.float8 import fp8_bits, fp8_value
+from arriero.kernels.triton.float8 import bf16_bits, fp8_bits, fp8_value
 from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_per_program, unit_stride
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _MIN_AMAX = tl.constexpr(MIN_AMAX)
-
-
-@kernel
-def _bf16_bits(value: tl.tensor) -> tl.tensor:
-    """Bfloat16 bits of float32 numbers, rounded to nearest even, in the low half of an int32."""
-    bits = value.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
-    return tl.where(value == value, rounded, 0x7FC0)
 
 
 @kernel
@@ -65,7 +57,7 @@ def _pack(
         part = (scale.to(tl.int32, bitcast=True)[:, None] >> (8 * byte)) & 0xFF
         tl.store(at + size + byte, part.to(tl.uint8), mask=valid_row[:, None] & (byte < 4))
     elif FORMAT == "bfloat16":
-        tl.store(out + row64 * size + column, _bf16_bits(value).to(tl.int16), mask=valid)
+        tl.store(out + row64 * size + column, bf16_bits(value).to(tl.int16), mask=valid)
     else:
         tl.store(out + row64 * size + column, value, mask=valid)
 

@@ -4,7 +4,7 @@ Integer arithmetic on the bits rounds to nearest even: the interpreter's convers
 otherwise, and the conversion of a GPU depends on its generation. Knows numbers; knows nothing of
 weights.
 
-Shape legend: T rows, I columns.
+Shape legend: T rows, I columns, E experts, X rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def fp8_bits(value: tl.tensor) -> tl.tensor:
 
 
 @kernel
+def bf16_bits(value: tl.tensor) -> tl.tensor:
+    """Bfloat16 bits of float32 numbers, rounded to nearest even, in the low half of an int32."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+    return tl.where(value == value, rounded, 0x7FC0)
+
+
+@kernel
 def fp8_value(byte: tl.tensor) -> tl.tensor:
     """Float32 numbers of e4m3 bits in int32."""
     magnitude = byte & 0x7F
@@ -58,26 +66,62 @@ def fp8_value(byte: tl.tensor) -> tl.tensor:
 
 
 @kernel
+def _load_row(
+    at: tl.tensor,
+    valid: tl.tensor,
+    score: tl.tensor,
+    PERMUTES: tl.constexpr,
+) -> tl.tensor:
+    """Inputs in float32; a row times its score is rounded to the dtype of the inputs."""
+    stored = at.dtype.element_ty
+    value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    if PERMUTES:
+        value = value * score[:, None]
+        if stored == tl.bfloat16:
+            value = (bf16_bits(value) << 16).to(tl.float32, bitcast=True)
+        else:
+            value = value.to(stored).to(tl.float32)
+    return value
+
+
+@kernel
 def _quantize_rows(
     x: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
+    starts: tl.tensor,
+    tokens: tl.tensor,
+    scores: tl.tensor,
     bound: tl.tensor,
     num_rows: tl.tensor,
+    num_experts: tl.tensor,
     size: tl.tensor,
     x_stride: tl.tensor,
     BOUNDED: tl.constexpr,
+    SORTED: tl.constexpr,
+    PERMUTES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid_row = row < num_rows
-    row64 = row.to(tl.int64)[:, None]
+    if SORTED:  # only the device knows the number of rows
+        valid_row = valid_row & (row < tl.load(starts + num_experts))
+    source, score = row, valid_row
+    if PERMUTES:
+        source = tl.load(tokens + row, mask=valid_row, other=0)
+        score = tl.load(scores + row, mask=valid_row, other=0.0)
+        if x.dtype.element_ty == tl.bfloat16:
+            score = (bf16_bits(score) << 16).to(tl.float32, bitcast=True)
+        else:
+            score = score.to(x.dtype.element_ty).to(tl.float32)
+    from_row = x + source.to(tl.int64)[:, None] * x_stride
+    to_row = out + row.to(tl.int64)[:, None] * size
     greatest = tl.zeros([ROWS], tl.float32)
     for first in range(0, size, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
         valid = valid_row[:, None] & (column < size)
-        value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+        value = _load_row(from_row + column, valid, score, PERMUTES)
         greatest = tl.maximum(greatest, tl.max(tl.abs(value), 1))
     if BOUNDED:
         greatest = tl.minimum(greatest, bound)
@@ -86,19 +130,56 @@ def _quantize_rows(
     for first in range(0, size, BLOCK):  # the second read comes from the caches
         column = first + tl.arange(0, BLOCK)[None, :]
         valid = valid_row[:, None] & (column < size)
-        value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+        value = _load_row(from_row + column, valid, score, PERMUTES)
         level = tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]))
         if BOUNDED:  # NaN stays NaN
             level = tl.where(level > _FP8_MAX, _FP8_MAX, level)
             level = tl.where(level < -_FP8_MAX, -_FP8_MAX, level)
-        tl.store(out + row64 * size + column, fp8_bits(level).to(tl.uint8), mask=valid)
+        tl.store(to_row + column, fp8_bits(level).to(tl.uint8), mask=valid)
     tl.store(scales + row, scale, mask=valid_row)
 
 
 def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """See `kernels.input_transform.quantize_rows`."""
+    return _quantized(x_TI, bound, x_TI.shape[0], None, None, None)
+
+
+def quantize_expert_rows(
+    x: Tensor,
+    bound: float,
+    starts_E1: Tensor,
+    num_rows: int,
+    *,
+    tokens_X: Tensor | None = None,
+    scores_X: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_rows`, for rows sorted by expert, in one launch.
+
+    Args:
+        x: [X, I]; or with `tokens_X` [T, I]: row r is then x[tokens[r]] times scores[r], with the
+            score and the result rounded to the dtype of x.
+        bound: largest scale times 448; inf for no bound.
+        starts_E1: int32 [E + 1]; rows from starts[E] on are neither read nor written.
+        num_rows: at least starts[E]; only the device knows starts[E].
+        tokens_X: int32, the token of each row; None for rows that are sorted already.
+        scores_X: float32, the score of each row; given with `tokens_X`.
+
+    Returns:
+        Levels float8_e4m3fn [num_rows, I], scales float32 [num_rows, 1].
+    """
+    return _quantized(x, bound, num_rows, starts_E1, tokens_X, scores_X)
+
+
+def _quantized(
+    x_TI: Tensor,
+    bound: float,
+    count: int,
+    starts_E1: Tensor | None,
+    tokens_X: Tensor | None,
+    scores_X: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     x_TI = unit_stride(x_TI)
-    count, size = x_TI.shape
+    size = x_TI.shape[1]
     out_TI = torch.empty(count, size, dtype=torch.uint8, device=x_TI.device)
     scale_T1 = torch.empty(count, 1, dtype=torch.float32, device=x_TI.device)
     block = min(BLOCK, power_of_two(size))
@@ -108,11 +189,17 @@ def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
             x_TI,
             out_TI,
             scale_T1,
+            starts_E1,
+            tokens_X,
+            scores_X,
             bound,
             count,
+            0 if starts_E1 is None else starts_E1.shape[0] - 1,
             size,
             x_TI.stride(0),
             BOUNDED=math.isfinite(bound),
+            SORTED=starts_E1 is not None,
+            PERMUTES=tokens_X is not None,
             ROWS=rows,
             BLOCK=block,
             num_warps=8,

@@ -10,13 +10,13 @@ Shape legend: M rows, O outputs, I inputs, K inputs of a step, E experts, X sort
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import triton.language as tl
+from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.launch import (
     EXACT,
     INTERPRETED,
@@ -294,27 +294,6 @@ def matmul(
         **EXACT,
     )
     return out
-
-
-class ExpertWeights:
-    """The weights of several experts of the same shape, as a table of addresses.
-
-    Each expert keeps its own memory; the table is made once and keeps the experts alive.
-    """
-
-    def __init__(self, experts: Sequence[Packed]) -> None:
-        self.first, self.count = experts[0], len(experts)
-        self._experts = tuple(experts)
-        self.data = self._table([expert.data for expert in experts])
-        self.scales = self._table([expert.scales for expert in experts])
-        self.zeros = self._table([expert.zeros for expert in experts])
-
-    def _table(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if not any(addresses):
-            return None
-        assert all(addresses), "experts of one layer are packed alike"
-        return torch.tensor(addresses, dtype=torch.int64, device=self.first.data.device)
 
 
 def grouped_matmul(

@@ -251,12 +251,12 @@ class Llama4Slice:
         for expert in wanted:
             if expert not in pairs:
                 pairs[expert] = self._read_expert(layer, expert)
-        self._layers[at] = replace(
+        new = self._layers[at] = replace(
             old,
             experts_gate_up=tuple(pairs[expert][0] for expert in wanted),
             experts_down=tuple(pairs[expert][1] for expert in wanted),
         )
-        self.ops.forget_experts(old)  # frees the memory of replaced experts
+        self.ops.replace_experts(old, new)  # frees the memory of replaced experts
         self._resident_experts[layer] = wanted
         self._experts.place(layer, placement)
         self.decoder = self._make_decoder()

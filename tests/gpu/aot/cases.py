@@ -36,6 +36,7 @@ from arriero.kernels.triton import (
     symmetric_sums,
 )
 from arriero.kernels.triton.backend import TritonOps
+from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.weights import Packed
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -139,7 +140,7 @@ def products(w: Packed, dtype: torch.dtype = BF16, independent: bool = False) ->
 def grouped(kind: str, dtype: torch.dtype = BF16, **more: Any) -> None:  # noqa: ANN401
     """The products of 16 experts, with the gather of rows and without."""
     for gathers, out, inputs in ((True, 16384, 5120), (False, 5120, 8192)):
-        table = matmul.ExpertWeights([packed(kind, out, inputs, **more)] * 16)
+        table = ExpertWeights([packed(kind, out, inputs, **more)] * 16)
         for name in ("data", "scales", "zeros"):  # tensors without memory lie at address 0
             has = getattr(table.first, name) is not None
             setattr(table, name, empty(16, dtype=I64) if has else None)
@@ -206,6 +207,11 @@ def routed(num_experts: int, local: int) -> None:
         routing = experts.route(empty(tokens, num_experts, dtype=F32), 1)
         order = experts.permute(routing, 0, local)
         experts.combine(empty(tokens, 5120), order.row_TA, empty(tokens, 5120))
+        order_X = {"tokens_X": order.token_X, "scores_X": order.score_X}
+        for bound in (1200.0, math.inf):
+            x, down = empty(tokens, 5120), empty(tokens, 8192)
+            float8.quantize_expert_rows(x, bound, order.starts_E1, tokens, **order_X)
+            float8.quantize_expert_rows(down, bound, order.starts_E1, tokens)
         for format in ("bfloat16", "fp8"):
             sent = OPS.pack_rows(empty(tokens, 5120), order.token_X, order.score_X, format)
             OPS.unpack_rows(sent, order.token_X, 5120, format, BF16)
@@ -274,6 +280,10 @@ def subset() -> None:
     matmul.matmul(empty(2048, 4096), packed("int8", 4096, 4096), batch_independent=False)
     float8.quantize_rows(empty(37, 53248), 1200.0)
     symmetric_sums.reduce(ranks_memory(2), empty(1, 4096), divides=False)
+    ints = {name: empty(size, dtype=I32) for name, size in (("starts_E1", 17), ("tokens_X", 37))}
+    float8.quantize_expert_rows(
+        empty(9, 5120), math.inf, num_rows=37, scores_X=empty(37, dtype=F32), **ints
+    )
 
 
 def cases() -> dict[str, Callable[[], object]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from support.fake_cuda.ledger import Ledger, Recorded, where
+from support.scaled_grouped import scaled_grouped_mm
 
 DEVICE = torch.device("cuda", 0)
 HOST = torch.device("cpu")
@@ -141,6 +142,8 @@ class Simulation(TorchDispatchMode):
 
             def func(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[misc]
                 return a.to(dtype) @ b.to(dtype)
+        elif func is aten._scaled_grouped_mm.default:  # nor this one
+            func = scaled_grouped_mm
 
         with _disable_current_modes():
             out = func(*plain_args, **plain_kwargs)
