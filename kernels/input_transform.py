@@ -142,12 +142,13 @@ def grouped_linear(ops: Ops, x_XI: Tensor, experts: Sequence[Linear], starts_E1:
     dtype, first = x_XI.dtype, inputs[0]
     orders = [transform.order_I for transform in inputs if transform.order_I is not None]
     scales = [transform.scale for transform in inputs if transform.scale is not None]
-    row_X = torch.arange(len(x_XI), device=x_XI.device)
-    expert_X = torch.bucketize(row_X, starts_E1[1:-1].long(), right=True)
-    if orders:  # the order of a row is that of its expert
-        x_XI = x_XI.gather(1, torch.stack(orders)[expert_X])
-    if scales:
-        first = replace(first, scale=torch.stack(scales)[expert_X])  # [X, 1]
+    if orders or scales:  # those of a row are those of its expert
+        row_X = torch.arange(len(x_XI), device=x_XI.device)
+        expert_X = torch.bucketize(row_X, starts_E1[1:-1].long(), right=True)
+        if orders:
+            x_XI = x_XI.gather(1, torch.stack(orders)[expert_X])
+        if scales:
+            first = replace(first, scale=torch.stack(scales)[expert_X])  # [X, 1]
     plain = [replace(expert, in_features=x_XI.shape[1], inputs=None) for expert in experts]
     if not first.rounds:
         return ops.grouped_linear(x_XI, plain, starts_E1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def works_on(device: torch.device) -> bool:
     expected = torch.cat(
         [
             (x[a:b].float() * scale_X1[a:b]) @ (w[e].float() * scales_EO[e, :, None]).T
-            for e, (a, b) in enumerate(zip(_STARTS, _STARTS[1:], strict=False))
+            for e, (a, b) in enumerate(pairwise(_STARTS))
         ]
     )
     try:
@@ -103,8 +104,13 @@ def multiply(
     """Round the rows of each expert to float8, times the expert's matrix: [num_rows, O].
 
     Args:
-        x: rows, or rows of tokens; see `quantize_expert_rows` for x and the other arguments.
+        x: [X, I] rows sorted by expert; or with `tokens_X` [T, I].
         experts: weights with a stack.
+        bound: largest scale of a row times 448; inf for no bound.
+        starts_E1: int32 [E + 1], on the device.
+        num_rows: at least starts[E].
+        tokens_X: int32, the row of x for each row; None for x sorted already.
+        scores_X: float32, the factor of each row; given with `tokens_X`.
 
     Returns:
         [num_rows, O] in the dtype of x; rows from starts[E] on are arbitrary.

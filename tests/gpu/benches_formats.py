@@ -44,7 +44,34 @@ def products(at: Where, machine: Machine) -> Result:
             limit = max(flops, item * out_features * in_features / machine.bytes_per_s)
             out[f"{kind}, {rows} rows"] = {"ms": taken * 1e3, "share": limit / taken}
     out |= _rounded_inputs(at, machine, weight)
+    out |= _rounded_experts(at, machine)
     return out
+
+
+def _rounded_experts(at: Where, machine: Machine) -> Result:
+    """A Maverick layer's 16 experts at EP8 with inputs rounded to float8, in both modes."""
+    result = Result()
+    count, rows, columns = (3, 32, 64) if at.tiny else (16, 16384, 5120)
+    weights = [quantize_fp8(torch.randn(rows, columns) * columns**-0.5)] * count
+    inputs = InputTransform(num_inputs=columns, bound=1200.0)
+    for mode, independent in (("fast", False), ("exact", True)):
+        ops = at.ops(independent=independent)
+        experts = [ops.pack_transformed([weight], None, inputs) for weight in weights]
+        for each in (2,) if at.tiny else (1, 4, 256):
+            starts = (torch.arange(count + 1, device=at.device) * each).int()
+            x = at.randn(count * each, columns)
+            taken = benches.seconds(
+                at,
+                lambda x=x, ops=ops, experts=experts, starts=starts: ops.grouped_linear(
+                    x, experts, starts
+                ),
+            )
+            flops = 2 * len(x) * rows * columns / (2 * machine.flops_per_s)
+            limit = max(flops, count * rows * columns / machine.bytes_per_s)
+            name = f"{count} fp8 experts, {each} rows each, {mode}"
+            result[name] = {"ms": taken * 1e3, "share": limit / taken}
+        benches.free(at)
+    return result
 
 
 def _rounded_inputs(at: Where, machine: Machine, weight: torch.Tensor) -> Result:

@@ -94,6 +94,24 @@ def rounded_products(at: Where) -> float:
     return worst
 
 
+def rounded_experts(at: Where) -> float:
+    """Experts with inputs rounded to float8: no row, one, many; in both modes."""
+    worst = 0.0
+    rows, columns = (48, 96) if at.tiny else (1024, 2048)
+    weights = [quantize_fp8(torch.randn(rows, columns) * columns**-0.5) for _ in range(4)]
+    inputs = InputTransform(num_inputs=columns, bound=1200.0)
+    theirs = [at.reference.pack_transformed([weight], None, inputs) for weight in weights]
+    for independent in (False, True):
+        ops = at.ops(independent=independent)
+        ours = [ops.pack_transformed([weight], None, inputs) for weight in weights]
+        for counts in ([0, 1, 17, 2], [300, 0, 5, 64]):
+            starts = torch.tensor([0, *counts], device=at.device).cumsum(0).int()
+            x = at.randn(sum(counts), columns)
+            expected = at.reference.grouped_linear(x, theirs, starts)
+            worst = max(worst, error(ops.grouped_linear(x, ours, starts), expected))
+    return worst
+
+
 def rows_between_ranks(at: Where) -> float:
     """Rows packed and unpacked come back, to the rounding of their format."""
     worst, size = 0.0, 64 if at.tiny else 5120
@@ -181,6 +199,7 @@ NEAR = {
     "quantized vocabularies": quantized_tables,
     "logits": plain_logits,
     "product, fp8 inputs": rounded_products,
+    "experts, fp8 inputs": rounded_experts,
     "rope to int8 and fp8 caches": rope_to_small_caches,
 }
 SAME = {

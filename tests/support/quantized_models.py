@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
+from arriero.kernels.quantize import quantize_fp8
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.models.llama4.config import Llama4Config
@@ -228,6 +229,30 @@ def fused_llama4(path: Path, form: str) -> Llama4Config:
         settings = json.loads((path / "config.json").read_text())
         settings["quantization_config"] = described
         (path / "config.json").write_text(json.dumps(settings))
+    return config
+
+
+def fp8_llama4(path: Path, **settings: Any) -> Llama4Config:  # noqa: ANN401
+    """Write a Llama 4 whose routed experts are float8 with rounded inputs, as Meta's release."""
+    config = tiny_llama4(path, **settings)
+    folder = TensorFolder.of(path)
+    tensors = {name: folder.tensor(name).clone() for name in folder.names}
+    kept = [name.removesuffix(".weight") for name in tensors if ".experts." not in name]
+    for name in [name for name in tensors if ".experts." in name]:
+        prefix, _, projection = name.rpartition(".")
+        for expert, weight_IO in enumerate(tensors.pop(name)):
+            parts = {projection: weight_IO.T}
+            if projection == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), weight_IO.T.chunk(2), strict=True))
+            for part, weight_OI in parts.items():
+                made = quantize_fp8(weight_OI)
+                module = f"{prefix}.{expert}.{part}"
+                tensors[f"{module}.weight"] = made.data.view(torch.float8_e4m3fn)
+                tensors[f"{module}.weight_scale"] = made.scales
+    write_safetensors(path / "model.safetensors", tensors)
+    described = json.loads((path / "config.json").read_text())
+    described["quantization_config"] = quantization_config("fbgemm_fp8", 0, kept)
+    (path / "config.json").write_text(json.dumps(described))
     return config
 
 

@@ -232,7 +232,8 @@ def _experts(step: RankStep) -> Iterator[Work]:
         return  # `collectives` has the order of rows that travel
     launches: dict[str, float] = {"_permute": 1, "_combine": 1}
     nbytes = step.row * (rows + 2.0 * load.tokens)  # outputs, the shared expert's, the sum
-    if any(step.products.rounds(stack) for stack in experts):
+    rounds = any(step.products.rounds(stack) for stack in experts)
+    if rounds and not all(step.products.scaled(stack) for stack in experts):
         launches |= {"aten::_to_copy": 1, "aten::clamp_": 1, "aten::index": 1, "aten::mul": 1}
         launches["aten::_to_copy"] += step.products.itemsize != FLOAT
         nbytes += 4.0 * pairs * step.row  # rows of tokens are gathered, then scaled

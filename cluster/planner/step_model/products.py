@@ -43,13 +43,16 @@ class Products:
         return self._weights.dtype == "fp8"
 
     def scaled(self, stack: PackedStack) -> bool:
-        """Whether torch's float8 product computes this one; see `triton/scaled_products.py`."""
+        """Whether torch's float8 product computes this one, or its grouped one those of experts.
+
+        See `triton/scaled_products.py` and `triton/scaled_experts.py`.
+        """
         whole = stack.rows % _UNIT == 0 and stack.columns % _UNIT == 0
         return self.rounds(stack) and whole and self._weights.base == "bfloat16"
 
-    def kind(self, stack: PackedStack, *, grouped: bool = False) -> Kind:
+    def kind(self, stack: PackedStack) -> Kind:
         """The library's product for plain weights and rounded rows, else Triton's."""
-        if not grouped and self.scaled(stack):
+        if self.scaled(stack):
             return "float8 product"
         return "product" if stack.precision in PLAIN else "triton product"
 
@@ -98,6 +101,18 @@ class Products:
             captured: the products run in a CUDA graph.
         """
         launches: Counter[str] = Counter()
+        if self.scaled(stack):  # see `triton/scaled_experts.py`
+            launches.update({"_quantize_rows": 1, "aten::_scaled_grouped_mm": 1})
+            nbytes = float(hit * (stack.weights + stack.scales))
+            nbytes += local * stack.columns * (self.itemsize + 2 * _FLOAT8)
+            return Work(
+                item=item,
+                kind="float8 product",
+                nbytes=nbytes + local * stack.rows * self.itemsize,
+                operations=2.0 * local * stack.rows * stack.columns,
+                launches=launches,
+                captured=captured,
+            )
         rounding = self._rounding(stack, pairs, launches)
         launches["_grouped_matmul"] += 1
         return self._work(item, stack, local, hit, rounding, launches, captured, 0)
@@ -120,7 +135,7 @@ class Products:
         nbytes += rows * (stack.columns * inputs + stack.rows * outputs)
         return Work(
             item=item,
-            kind=self.kind(stack, grouped=True),
+            kind="product" if stack.precision in PLAIN else "triton product",
             nbytes=nbytes,
             operations=2.0 * rows * stack.rows * stack.columns,
             launches=launches,

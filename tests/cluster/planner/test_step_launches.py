@@ -41,7 +41,7 @@ from arriero.shards.worker.cuda.runner import CudaRunner
 from support import triton_interpreter
 from support.fake_cuda import Ledger, simulated
 from support.models import tiny_llama, tiny_llama4
-from support.quantized_models import quantized_llama
+from support.quantized_models import fp8_llama4, quantized_llama
 
 triton_interpreter.install()  # before anything imports the kernels
 pytest.importorskip("triton")
@@ -60,6 +60,8 @@ def make(path: Path, family: str) -> None:
         tiny_llama(path, seed=3)
     elif family == "llama4":
         tiny_llama4(path, seed=3, layers=4, experts=4, chunk=8)
+    elif family == "fp8 experts":
+        fp8_llama4(path, seed=3, layers=2, experts=4, chunk=8)
     else:
         quantized_llama(path, family, layers=2)
 
@@ -105,6 +107,8 @@ def accounted(folder: Path, dtype: str, *, draws: bool) -> Counter[str]:
         ("llama4", "float32"),
         ("fbgemm_fp8", "float32"),
         ("fbgemm_fp8", "bfloat16"),
+        ("fp8 experts", "float32"),
+        ("fp8 experts", "bfloat16"),
     ],
 )
 def test_launches_of_a_decode_step(tmp_path: Path, family: str, dtype: str) -> None:
