@@ -1,4 +1,7 @@
-"""All-to-all of byte rows between the ranks of a stage, by exact counts, in one or two levels.
+"""All-to-all of byte rows between the ranks of a stage, in one or two levels.
+
+By exact counts, which the host knows; or with the same number of rows for each pair of ranks, which
+can be part of a CUDA graph.
 
 With two levels rows first move within each machine, to the rank with the same local rank as their
 destination. Then each rank exchanges across machines only with ranks of the same local rank. So
@@ -8,7 +11,8 @@ ranks.
 Every rank knows the whole matrix of counts, so no rank waits for a size. Knows bytes and ranks;
 knows nothing of experts.
 
-Shape legend: R ranks, X rows sent, Y rows received, B bytes of a row.
+Shape legend: R ranks, X rows sent, Y rows received, B bytes of a row, P rows sent and received
+where all blocks of rows have one size.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,6 +47,17 @@ class Exchange(ABC):
             counts_RR: the same on every rank; row `rank` describes `rows_XB`.
         """
 
+    @abstractmethod
+    def swap(self, rows_PB: Tensor) -> Tensor:
+        """Send each rank a block of rows, and receive one from each; queued, never waited for.
+
+        Args:
+            rows_PB: uint8, contiguous: blocks of the same size, in the order of destination ranks.
+
+        Returns:
+            uint8 [P, B], blocks in the order of source ranks.
+        """
+
 
 class DirectExchange(Exchange):
     """Every rank to every rank directly."""
@@ -52,6 +68,10 @@ class DirectExchange(Exchange):
     def begin(self, rows_XB: Tensor, counts_RR: Counts) -> Receive:
         """See `Exchange.begin`."""
         return _all_to_all(rows_XB, counts_RR[self._rank], counts_RR[:, self._rank], self._group)
+
+    def swap(self, rows_PB: Tensor) -> Tensor:
+        """See `Exchange.swap`."""
+        return _swap(rows_PB, self._group)
 
 
 class TwoLevelExchange(Exchange):
@@ -94,6 +114,25 @@ class TwoLevelExchange(Exchange):
             counts[:, :, self._node, self._local_rank].sum(1),
             self._rail_group,
         )
+
+    def swap(self, rows_PB: Tensor) -> Tensor:
+        """See `Exchange.swap`."""
+        size, nodes = self._per_node, self._rail_group.size()
+        by_local_rank = _transposed(rows_PB, nodes, size)  # (local rank, node) of destinations
+        gathered = _swap(by_local_rank, self._node_group)  # (source local rank, destination node)
+        return _swap(_transposed(gathered, size, nodes), self._rail_group)
+
+
+def _transposed(rows_PB: Tensor, a: int, b: int) -> Tensor:
+    """Reorder blocks (a, b), b fastest, to the order (b, a)."""
+    blocks = rows_PB.view(a, b, -1, rows_PB.shape[1])
+    return blocks.transpose(0, 1).contiguous().view_as(rows_PB)
+
+
+def _swap(rows_PB: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out_PB = torch.empty_like(rows_PB)
+    dist.all_to_all_single(out_PB, rows_PB, group=group)
+    return out_PB
 
 
 def _regrouped(counts_AB: Counts, rows: Tensor) -> Tensor:

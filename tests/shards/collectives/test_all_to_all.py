@@ -100,11 +100,15 @@ def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
                     )
 
                 got = run(x, layer(placement.on(rank)))
+                run.padded_tokens = 40
+                in_blocks = run(x, layer(placement.on(rank)))
+                run.padded_tokens = 0
+                assert torch.equal(in_blocks, got), "blocks of a fixed size change no bit"
                 expected = ops.moe_block(x, layer(list(range(experts))))
                 assert got.shape == expected.shape
                 assert torch.allclose(got, expected, atol=1e-5), (kind, tokens)
         loads = run.take_loads()
-        total = 2 * sum(3 * one + 40 for one in range(RANKS))
+        total = 2 * 2 * sum(3 * one + 40 for one in range(RANKS))  # by counts, and in blocks
         assert [int(loads[one].sum()) for one in range(3)] == [total] * 3
         assert int(loads[1][5]) == total // 2 and not run.take_loads()
 
@@ -145,6 +149,10 @@ def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # 
             assert got[:, :3].tolist() == heads, kind
             back = mesh.exchange.begin(got, counts.T.copy())()
             assert torch.equal(back, rows), kind
+        blocks = [[rank, to, i] * (HIDDEN // 3) for to in range(RANKS) for i in range(5)]
+        swapped = mesh.exchange.swap(torch.tensor(blocks, dtype=torch.uint8))
+        heads = [[a, rank, i] for a in range(RANKS) for i in range(5)]
+        assert swapped[:, :3].tolist() == heads
         check_experts(mesh, rank)
         results.put((rank, None))
         mesh.leave()
