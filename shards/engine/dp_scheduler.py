@@ -336,6 +336,9 @@ class DataParallelScheduler:
             plan = scheduler.idle() if scheduled is None else scheduled
             plan.dp_rank = number
             step.append(plan)
+        most = max(len(plan.tokens) for plan in step)
+        for plan in step:
+            plan.stage_tokens = most
         return step
 
     def update(self, result: StepResult) -> list[SequenceOutput]:

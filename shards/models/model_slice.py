@@ -125,6 +125,14 @@ class ModelSlice(Protocol):
     def place_experts(self, layer: int, expert_S: Int32) -> None:
         """Apply a new placement of a layer's experts over the ranks of the stage."""
 
+    def pad_exchange(self, num_tokens: int) -> None:
+        """Send rows to experts in blocks of a fixed size in the next steps.
+
+        Args:
+            num_tokens: most tokens of a data-parallel rank in a step, the same number on all
+                ranks; 0 for exact numbers of rows, for which the host waits.
+        """
+
     def take_loads(self) -> dict[int, Loads]:
         """Number of tokens routed to each expert since the last call, by layer."""
 

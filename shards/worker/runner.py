@@ -270,12 +270,15 @@ class Runner:
         )
 
     def _apply(self, plan: StepPlan) -> None:
-        """Apply the changes of a plan to sequences, images and adapters."""
+        """Apply the changes of a plan to sequences, images, experts and adapters."""
         self._table.apply(plan)
         if self._model.images is not None:
             self._model.images.apply(plan)
         if self._drafts is not None:
             self._drafts.drafter.apply(plan)
+        if plan.placement_layer >= 0:
+            self.phase = "placement of experts"
+            self._model.place_experts(plan.placement_layer, plan.placement)
         if plan.adapters:
             assert self.adapter_store is not None, "only a group with slots changes adapters"
             self.adapter_store.apply(plan.adapters)
@@ -284,9 +287,6 @@ class Runner:
         self, plan: StepPlan, at_layers: Callable[[], None] = lambda: None
     ) -> Drawn | None:
         """Run an applied plan; gives samples on the rank that samples, None on other ranks."""
-        if plan.placement_layer >= 0:
-            self.phase = "placement of experts"
-            self._model.place_experts(plan.placement_layer, plan.placement)
         if not len(plan.slots):
             self.phase = "layers"
             at_layers()

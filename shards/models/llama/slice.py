@@ -178,6 +178,9 @@ class LlamaSlice:
     def place_experts(self, layer: int, expert_S: Int32) -> None:
         """Do nothing: a dense model has no experts."""
 
+    def pad_exchange(self, num_tokens: int) -> None:
+        """Do nothing: a dense model sends no rows to experts."""
+
     def take_loads(self) -> dict[int, Loads]:
         """Empty: a dense model has no experts."""
         return {}

@@ -117,7 +117,8 @@ class Llama4Slice:
         self._experts: ExpertParallel | None = None
         if placement is not None:
             wire = settings.wire or _wire(self.dtype)
-            self._experts = ExpertParallel(mesh, ops, placement, wire)
+            routed = [layer.index for layer in self._layers if isinstance(layer, MoELayer)]
+            self._experts = ExpertParallel(mesh, ops, placement, wire, routed)
         self._placement = placement
         self.taps = Taps(settings.taps, part.layers, last_stage=part.last_stage)
         self.decoder = self._make_decoder()
@@ -260,6 +261,11 @@ class Llama4Slice:
         self._resident_experts[layer] = wanted
         self._experts.place(layer, placement)
         self.decoder = self._make_decoder()
+
+    def pad_exchange(self, num_tokens: int) -> None:
+        """See `ModelSlice.pad_exchange`."""
+        if self._experts is not None:
+            self._experts.padded_tokens = num_tokens
 
     def take_loads(self) -> dict[int, Loads]:
         """Tokens routed to each expert since the last call, by layer; empty without exchange."""

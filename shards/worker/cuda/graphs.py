@@ -23,7 +23,6 @@ from torch import Tensor
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.kv.paging import cache_slots
-from arriero.shards.protocol.step_plan import StepPlan
 from arriero.shards.worker.cuda.device import Device, Event, Replayable
 
 DRAFT_ROWS = 64
@@ -284,10 +283,6 @@ class GraphRunner:
         at = bisect.bisect_left(self.buckets, count)
         assert at < len(self.buckets), f"{count} rows exceed the largest bucket, {self.buckets[-1]}"
         return self.buckets[at]
-
-    def holds(self, plan: StepPlan) -> bool:
-        """Whether there is a graph of at least as many rows as the plan has tokens."""
-        return len(plan.tokens) <= self.buckets[-1]
 
     def has(self, key: Hashable) -> bool:
         """Whether the graph of `key` is captured."""

@@ -6,8 +6,10 @@ Sampled tokens stay on the device for later steps and are copied to the host mea
 gives a `Pending`, and the caller waits for the result after the launch of the next step.
 
 A graph has a stage's collectives inside, except the hand-over of activations between stages, which
-comes before and after the replay. Data-parallel attention has no graphs: each layer with experts
-needs numbers of rows on the host. Knows graphs and copies; knows nothing of sockets or scheduling.
+comes before and after the replay. With data-parallel attention all ranks run a step of few tokens
+with the same batch size, in which rows travel to experts in blocks of a fixed size; ranks without
+tokens replay the graph on padding. In larger steps each layer with experts needs numbers of rows on
+the host. Knows graphs and copies; knows nothing of sockets or scheduling.
 """
 
 from __future__ import annotations
@@ -45,14 +47,19 @@ from arriero.shards.worker.step_results import Drawn
 
 _log = logging.getLogger(__name__)
 HOST_WAITS = {
-    "shards/collectives/expert_parallel.py:_gather_counts": "once for each layer with experts and "
-    "data-parallel attention: the all-to-all takes its numbers of rows from the host",
+    "shards/collectives/expert_parallel.py:_counts_on_host": "once for each layer with experts and "
+    "data-parallel attention in a step with more tokens than a graph has rows, such as a prompt: "
+    "the all-to-all takes its numbers of rows from the host",
     "shards/models/llama4_vision.py:__call__": "once for each new image: its pixels come from "
     "pageable memory, and the tower takes far longer",
     "shards/worker/runner.py:_prompt_logprobs": "once for each step with log-probabilities of "
     "prompt tokens, which few requests ask for",
 }
 """The only places of a step where the host waits for the device, and why."""
+MOST_PADDED = 256
+"""Most tokens of a data-parallel rank whose rows travel in blocks of a fixed size: a block has room
+for all rows of a rank, so that R ranks send R times the rows that an exact exchange sends."""
+_REPLAY = "collectives of a captured decode step"
 _MEMORY_SLACK = 1.02
 _MEMORY_SLACK_BYTES = 64 << 20
 
@@ -161,8 +168,10 @@ class CudaRunner(Runner):
         """Room for graphs; None where steps run op by op."""
         config = self._config
         # a drafter reads each step's tokens on the host, and activations outside of graphs
-        if config.dp == 1 and self._ops.capturable and not config.speculation.in_slices:
-            return GraphRunner(self._device, buckets_up_to(len(self._drawn_S)))
+        if self._ops.capturable and not config.speculation.in_slices:
+            most = len(self._drawn_S)
+            most = most if config.dp == 1 else min(most, MOST_PADDED)
+            return GraphRunner(self._device, buckets_up_to(most))
         return None
 
     def release(self, *, keep_on_host: bool = True) -> None:
@@ -203,8 +212,15 @@ class CudaRunner(Runner):
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
         self._apply(plan)
-        if self._graphs is not None and self._graphs.holds(plan) and self._slots.is_plain(plan):
-            sampled = self._decode(plan, self._graphs)
+        graphs, bucket = self._graphs, self._bucket(plan)
+        self._model.pad_exchange(bucket if self._config.dp > 1 else 0)
+        if graphs is None or not bucket:
+            drawn = self._compute(plan)
+        elif not len(plan.slots):  # other data-parallel ranks have tokens, for experts here too
+            self._replay_padding(graphs, bucket)
+            drawn = Drawn() if self.mesh.samples else None
+        elif self._slots.is_plain(plan):
+            sampled = self._decode(plan, graphs, bucket)
             drawn = None if sampled is None else Drawn(sampled)
         else:
             drawn = self._compute(plan)
@@ -220,11 +236,26 @@ class CudaRunner(Runner):
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         self._slots.record_on_device(plan, tokens_R)
 
-    def _decode(self, plan: StepPlan, graphs: GraphRunner) -> Sampled | None:
+    def _bucket(self, plan: StepPlan) -> int:
+        """Rows of the graph for a plan, the same on all data-parallel ranks; 0 for no graph."""
+        graphs, dp = self._graphs, self._config.dp
+        num_tokens = len(plan.tokens) if dp == 1 else plan.stage_tokens
+        if graphs is None or not num_tokens or num_tokens > graphs.buckets[-1]:
+            return 0
+        return graphs.bucket(num_tokens)
+
+    def _replay_padding(self, graphs: GraphRunner, bucket: int) -> None:
+        """Take part in a step of other data-parallel ranks by a graph of padding rows."""
+        self._capture(graphs, bucket, all_greedy=True)
+        self.phase = "layers"
+        self._inputs.fill_padding(bucket)
+        with self.mesh.watchdog.watch(_REPLAY):
+            graphs.replay((bucket, True))
+
+    def _decode(self, plan: StepPlan, graphs: GraphRunner, bucket: int) -> Sampled | None:
         """Replay the graph of a plain plan; None on a rank that does not sample."""
         batch = self._slots.decode_batch(plan)
         count, part = len(batch.tokens), self.mesh.part
-        bucket = graphs.bucket(count)
         all_greedy = not batch.temperature.any()
         key = (bucket, all_greedy)
         self._capture(graphs, bucket, all_greedy)
@@ -232,10 +263,10 @@ class CudaRunner(Runner):
         self._inputs.fill(batch, bucket)
         if not part.first_stage:
             self.mesh.recv_hidden(self._received_SH[:count])
-        if self.mesh.tp == 1:
+        if self.mesh.stage_size == 1:
             graphs.replay(key)
         else:
-            with self.mesh.watchdog.watch("collectives of a captured decode step"):
+            with self.mesh.watchdog.watch(_REPLAY):
                 graphs.replay(key)
         if not part.last_stage:  # a copy, since the next replay may come before the send
             self.mesh.send_hidden(self._passed_SH[:count].clone())
@@ -255,6 +286,7 @@ class CudaRunner(Runner):
         if self._graphs is None:  # after `release`
             self._graphs = self._new_graphs()
         self.phase = "compile"
+        self._model.pad_exchange(0)
         for num_tokens in prompt_sizes(self._config.max_batch_tokens):
             self._run_padding_prompt(num_tokens)
         if self._graphs is None:
@@ -305,6 +337,7 @@ class CudaRunner(Runner):
             return
         self.phase = "capture"
         self._inputs.fill_padding(bucket)
+        self._model.pad_exchange(bucket if self._config.dp > 1 else 0)
         watchdog = self.mesh.watchdog
         watchdog.marking = False
         try:

@@ -116,6 +116,7 @@ def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # no
                     "waits": dict(ledger.waits),
                     "pageable": dict(ledger.pageable),
                     "captures": ledger.captures,
+                    "replays": ledger.replays,
                     "compiles": dict(ledger.compiles),
                     "launches": dict(ledger.launches),
                     "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
