@@ -155,7 +155,7 @@ class ExpertParallel:
         order = ops.moe_permute_all(routing, self._num_slots)
         if self.padded_tokens:
             shared_TH = adapted.gated_mlp(ops, h_TH, layer, adapters)
-            shared_TH[own] += self._in_blocks(h_nH, layer, routing, order)
+            shared_TH[own].add_(self._in_blocks(h_nH, layer, routing, order))
             return shared_TH
         counts_RS = self._counts_on_host(order.starts_E1)
         self._count(layer.index, table, counts_RS)
@@ -171,7 +171,7 @@ class ExpertParallel:
             returned_XB = mesh.exchange.begin(results_YB, counts_RR.T.copy())()
         row_X = torch.arange(returned_XB.shape[0], dtype=torch.int32, device=returned_XB.device)
         y_XH = ops.unpack_rows(returned_XB, row_X, h_TH.shape[1], self._back, h_TH.dtype)
-        shared_TH[own] += ops.moe_combine(y_XH, order)
+        shared_TH[own].add_(ops.moe_combine(y_XH, order))
         return shared_TH
 
     def _count(self, layer: int, table: _Table, counts_RS: Counts) -> None:
@@ -217,9 +217,7 @@ class ExpertParallel:
         results_PB = self._experts_of_blocks(received_PB, layer, places, slots, h_nH.dtype)
         with mesh.watchdog.watch("results of experts"):
             returned_PB = mesh.exchange.swap(results_PB)
-        place_X = places.returned(
-            first_R, routing.experts_TA.reshape(-1), order.row_TA.reshape(-1)
-        )
+        place_X = places.returned(first_R, routing.experts_TA.reshape(-1), order.row_TA.reshape(-1))
         y_XH = ops.unpack_rows(returned_PB, place_X, hidden, self._back, h_nH.dtype)
         row_X = torch.arange(num_rows, dtype=torch.int32, device=h_nH.device)
         return ops.moe_combine(y_XH, replace(order, row_TA=row_X.view_as(order.row_TA)))

@@ -30,14 +30,14 @@ NUM_PROMPTS, NUM_TOKENS = 44, 32
 KEPT = Path("build/fidelity.json")
 
 
-def prompts(path: str) -> list[list[int]]:
+def prompts(path: str, count: int = NUM_PROMPTS) -> list[list[int]]:
     """Half from Python's help topics, half from its sources, 8 to 200 tokens long."""
     tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
     rng = random.Random(8)
     topics = sorted(pydoc_data.topics.topics.items())
     sources = sorted(Path(os.__file__).parent.glob("*.py"))
     out: list[list[int]] = []
-    while len(out) < NUM_PROMPTS:
+    while len(out) < count:
         if len(out) % 2:
             text = rng.choice(sources).read_text(errors="ignore")
         else:

@@ -21,6 +21,10 @@ from arriero.kernels.registry import Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.parts import AnyModel, AnyPart
 
+MOST_PADDED = 256
+"""Most tokens of a data-parallel rank in a graph; `MOST_PADDED` of `shards/worker/cuda/runner.py`,
+which needs torch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
@@ -45,7 +49,8 @@ class Account:
 def account(plan: GroupPlan, load: StepLoad, per_node: int) -> Account:
     """The work of a step of a group on GPUs.
 
-    A step of a prompt is not captured, nor is any step with data-parallel attention.
+    A step of a prompt is not captured, nor is a step with data-parallel attention beyond
+    `MOST_PADDED` tokens of a rank.
 
     Args:
         plan: plan of the group.
@@ -71,7 +76,7 @@ def account(plan: GroupPlan, load: StepLoad, per_node: int) -> Account:
             stacks=_stacks(plan.model.config, rank.part, plan.weights, plan.kernels),
             products=Products(plan.weights),
             load=load,
-            captured=load.decodes and plan.layout.dp == 1,
+            captured=load.decodes and (plan.layout.dp == 1 or load.tokens <= MOST_PADDED),
             per_node=per_node,
         )
         works = (*ends(step), *layers(step), *collectives(step))

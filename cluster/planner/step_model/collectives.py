@@ -7,7 +7,8 @@ and time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from arriero.cluster.planner.step_model.layers import RankStep
 from arriero.cluster.planner.step_model.work import Work
@@ -21,6 +22,21 @@ COUNT_BYTES = 4
 _ORDERED_BYTES = 8
 _WIRE_BYTES = 2
 """Bytes of a number of a row that travels to an expert: bfloat16 for bfloat16 weights."""
+_BLOCK_LAUNCHES: Mapping[str, float] = {
+    "_permute": 2,
+    "aten::_to_copy": 2,
+    "aten::index_select": 5,
+    "aten::sub": 2,
+    "aten::add": 2,
+    "aten::clamp_": 1,
+    "aten::clamp": 2,
+    "aten::cumsum": 1,
+    "aten::ge": 1,
+    "aten::sum": 2,
+    "aten::index_add_": 1,
+}
+"""Launches of an exchange in blocks, where more than by exact numbers; `ExpertParallel` and
+`PaddedRows` make these."""
 
 
 def collectives(step: RankStep) -> Iterator[Work]:
@@ -93,29 +109,36 @@ def _symmetric_sum(step: RankStep, *, normed: bool) -> Work:
 def _exchange(step: RankStep, network: bool) -> Work:
     """A routed layer's rows to the ranks of their experts and back.
 
-    The numbers of rows go through the host, which waits for the device. Torch's ops: slots of
-    experts (6), differences, numbers of rows and two orders to the device (3), the order of
-    returned rows, the sum with the shared expert.
+    In a graph the rows travel in blocks, each with room for all rows of a rank, and all numbers of
+    rows stay on the device. Elsewhere the numbers go through the host, which waits for the device.
+    Torch's ops by exact numbers: slots of experts (6), differences, numbers of rows and two orders
+    to the device (3), the order of returned rows, the sum with the shared expert.
     """
     config, layout = step.plan.model.config, step.plan.layout
     sizes = family_of(config).experts(config)
     assert sizes is not None, "only models with experts exchange rows"
+    ranks = layout.stage_size
     own = step.load.tokens / layout.tp * sizes.top_k  # rows sent; as many come, in the mean
-    wire = own * config.hidden_size * _WIRE_BYTES
-    away = (layout.stage_size - 1) / layout.stage_size
-    counts = layout.stage_size * sizes.num_experts * COUNT_BYTES
+    counts = ranks * sizes.num_experts * COUNT_BYTES
     launches = {"_permute": 1.0, "_pack": 2.0, "_unpack": 2.0, "_combine": 1.0}
     launches |= {"aten::index": 2, "aten::arange": 2, "aten::remainder": 1, "aten::_to_copy": 5}
     launches |= {"aten::sub": 1, "aten::add_": 1}
+    places = own
+    if step.captured:
+        slots = -(-sizes.num_experts // ranks)
+        places = ranks * math.ceil(step.load.tokens / layout.tp) * min(sizes.top_k, slots)
+        launches |= _BLOCK_LAUNCHES
+    wire = places * config.hidden_size * _WIRE_BYTES
+    away = (ranks - 1) / ranks
     return Work(
         item="EP exchange",
-        nbytes=12 * wire + counts + _ORDERED_BYTES * own,
+        nbytes=12 * wire + counts + _ORDERED_BYTES * places,
         launches=launches,
         link_bytes=2 * away * wire + counts,
         network=network,
         messages={"all_gather": 1, "all_to_all": 2},
-        host_waits=1,
-        captured=False,
+        host_waits=0 if step.captured else 1,
+        captured=step.captured,
     )
 
 

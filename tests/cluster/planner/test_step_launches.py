@@ -31,6 +31,7 @@ from arriero.kernels.symmetric_memory import (
     block_nbytes,
 )
 from arriero.kernels.triton import triton_ops
+from arriero.shards.collectives.all_to_all import DirectExchange
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.collectives.symmetric_sizes import BUFFER_NBYTES
 from arriero.shards.collectives.symmetric_sums import SymmetricSums
@@ -122,6 +123,48 @@ def test_launches_of_a_decode_step(tmp_path: Path, family: str, dtype: str) -> N
     # the interpreter takes 3 bits in a pass of a filter, in place of 5
     assert drawing.pop("_narrow") == 2 * 16 and expected.pop("_narrow") == 2 * 10
     assert +drawing == expected
+
+
+def test_launches_of_an_exchange_in_blocks(tmp_path: Path) -> None:
+    """Of a decode of rank 0 of two with data-parallel attention; the other rank does not exist."""
+    tiny_llama4(tmp_path, seed=3, layers=2, experts=4, chunk=8)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        device="cuda",
+        kernels="triton",
+        dp=2,
+        block_size=4,
+        num_blocks=20,
+        num_local_blocks=20,
+        max_model_len=32,
+        max_sequences=2,
+        max_batch_tokens=2,
+    )
+    with simulated() as device:
+        runner = CudaRunner(resolve(config, find_model(str(tmp_path)).config), 0)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        assert dist.group.WORLD is not None and runner._graphs is not None
+        runner.mesh._stage_group = dist.group.WORLD
+        runner.mesh._exchange = DirectExchange(0, dist.group.WORLD)
+        device.clear()
+        runner._capture(runner._graphs, 2, True)
+        (ops,) = device.recordings
+        assert not device.waits and not device.pageable
+        runner.mesh.leave()
+        runner.close()
+    launches = Counter(op for op in ops if op not in NO_KERNEL)
+    launches["aten::zeros"] -= launches["_grouped_matmul"]
+    model = find_model(str(tmp_path))
+    weights = replace(weights_as(model.config, model.scheme, "checkpoint"), base="float32")
+    demand = KvDemand(context=32, kv_dtype="float32", max_sequences=2, max_batch_tokens=2)
+    gpu, layout = DEVICES["h200-141g"], ParallelConfig(dp=2)
+    plan = plan_group(model, weights, layout, demand, gpu, "triton")
+    works = account(plan, StepLoad(sequences=2, context=32, draws=False), 8).works
+    messages = sum((Counter(dict(work.messages)) for work in works), Counter())
+    gathered = launches.pop("all_gather_single", 0) + launches.pop("all_gather_into_tensor", 0)
+    assert messages == {"all_gather": gathered, "all_to_all": launches.pop("all_to_all_single")}
+    assert +launches == launches_by_kernel(work for work in works if work.captured)
 
 
 def eight_ranks(per_node: int) -> list[Work]:
