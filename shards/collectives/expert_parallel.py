@@ -46,8 +46,7 @@ class _Table:
     """A placement on the device: a map from experts to slots, at addresses that stay."""
 
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
-        slots_EA, copies_E = placement.slots_EA()
-        self.num_experts = len(copies_E)
+        self.num_experts = int(placement.expert_S.max()) + 1
         most_copies = len(placement.expert_S) - self.num_experts + 1
         self._slots_EA = torch.zeros(
             (self.num_experts, most_copies), dtype=torch.int64, device=device
