@@ -35,8 +35,7 @@ _BLOCK_LAUNCHES: Mapping[str, float] = {
     "aten::sum": 2,
     "aten::index_add_": 1,
 }
-"""Launches of an exchange in blocks, where more than by exact numbers; `ExpertParallel` and
-`PaddedRows` make these."""
+"""Launches of an exchange in blocks, where not as by exact numbers; see `ExpertParallel`."""
 
 
 def collectives(step: RankStep) -> Iterator[Work]:

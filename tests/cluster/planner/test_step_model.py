@@ -151,13 +151,41 @@ def test_tp_sums_of_a_machine_are_launches_without_messages() -> None:
     assert sum(work.meetings for work in step.works) == 0, "large sums are NCCL's"
 
 
-def test_data_parallel_attention_runs_outside_of_graphs() -> None:
-    load = StepLoad(sequences=8, context=1024)
-    step = step_of("llama-4-maverick", "fp8", ParallelConfig(dp=8, ep=8), load)
+def test_prompts_with_data_parallel_attention_run_outside_of_graphs() -> None:
+    """Their layers with experts wait for numbers of rows; decodes send blocks, and wait for none."""
+    layout = ParallelConfig(dp=8, ep=8)
+    load = StepLoad(sequences=1, new_tokens=1024, context=1024)
+    step = step_of("llama-4-maverick", "fp8", layout, load)
     assert not any(work.captured for work in step.works)
     assert sum(work.host_waits for work in step.works) == 24
     time = estimate(step)
     assert time.estimate_s > time.outside * CONSTANTS["launch outside graphs"].value
+    for sequences in (8, 256, 257):
+        load = StepLoad(sequences=sequences, context=1024)
+        step = step_of("llama-4-maverick", "fp8", layout, load)
+        waits = sum(work.host_waits for work in step.works)
+        assert waits == (0 if sequences <= 256 else 24)
+        (exchange,) = (work for work in step.works if work.item == "EP exchange")
+        assert exchange.captured == (sequences <= 256)
+
+
+def test_blocks_have_room_for_all_rows_of_a_rank() -> None:
+    """Top-1 of 128 experts over 8 ranks: 8 times the rows, an eighth of which is used."""
+    sizes = []
+    for sequences in (256, 257):
+        load = StepLoad(sequences=sequences, context=1024)
+        step = step_of("llama-4-maverick", "bfloat16", ParallelConfig(dp=8, ep=8), load)
+        (exchange,) = (work for work in step.works if work.item == "EP exchange")
+        counts = 24 * 8 * 128 * 4
+        sizes.append((exchange.link_bytes - counts) / sequences)
+    assert sizes[0] == pytest.approx(8 * sizes[1])
+
+
+def test_the_limit_of_blocks_is_the_runners() -> None:
+    from arriero.cluster.planner.step_model import account as module
+    from arriero.shards.worker.cuda import runner
+
+    assert module.MOST_PADDED == runner.MOST_PADDED
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "fp8-shipped", "int4"])
