@@ -15,6 +15,8 @@ from collections.abc import Callable, Container
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
+
 from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.holds import Activity, Gate
 from arriero.shards.engine.limits import check_config
@@ -337,8 +339,10 @@ class DataParallelScheduler:
             plan.dp_rank = number
             step.append(plan)
         most = max(len(plan.tokens) for plan in step)
-        for plan in step:
-            plan.stage_tokens = most
+        adapted = self.config.adapters or self.config.adapter_slots is not None
+        if not adapted and all(_only_decodes(plan) for plan in step):
+            for plan in step:
+                plan.decodes = most
         return step
 
     def update(self, result: StepResult) -> list[SequenceOutput]:
@@ -382,3 +386,8 @@ class DataParallelScheduler:
 
 def _cost(scheduler: Scheduler, request: EngineRequest) -> float:
     return scheduler.num_live - _PREFIX_WORTH * scheduler.cached_share(request)
+
+
+def _only_decodes(plan: StepPlan) -> bool:
+    """Whether a token is drawn after each token of a plan, as in decodes with or without drafts."""
+    return not plan.prompt_rows.any() and np.array_equal(plan.counts, plan.samples)

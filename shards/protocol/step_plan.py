@@ -86,8 +86,9 @@ class StepPlan:
         placement_layer: layer with a new expert placement before this step; -1 for none.
         placement: expert in each expert slot of that layer's stage, rank by rank.
         dp_rank: data-parallel rank that runs the plan; each rank has plans of its own, one a step.
-        stage_tokens: most tokens of a data-parallel rank in this step, the same on all ranks; 0
-            without data-parallel ranks.
+        decodes: most tokens of a data-parallel rank in a step in which all ranks decode or have no
+            tokens, the same number on all ranks; 0 in other steps, and without data-parallel
+            ranks.
         same_rows: whether the rows equal those of the rank's last plan, all decodes, each
             sequence one token further.
         adapters: adapters that enter slots of the device before the rows run; see `adapters`.
@@ -114,7 +115,7 @@ class StepPlan:
     placement_layer: int = -1
     placement: Int32 = field(default_factory=int32)
     dp_rank: int = 0
-    stage_tokens: int = 0
+    decodes: int = 0
     same_rows: bool = False
     draft_lengths: Int32 = field(default_factory=int32)
     adapters: list[SlotChange] = field(default_factory=list)

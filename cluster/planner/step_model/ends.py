@@ -37,6 +37,9 @@ def _inputs(step: RankStep) -> Iterator[Work]:
     part, load = step.rank.part, step.load
     new_blocks = min(1.0, load.tokens / step.plan.demand.block_size)
     outside = {"host to device": 1.0, "replay": 1.0} if step.captured else {}
+    apart = step.captured and step.exchanges  # layers and draws are two graphs
+    if apart and part.last_stage and part.tp_rank == 0:
+        outside["replay"] = 2.0
     if not step.captured:
         outside["host to device"] = float(_EAGER_COPIES)
     outside["block tables"] = 3 * new_blocks
@@ -47,7 +50,7 @@ def _inputs(step: RankStep) -> Iterator[Work]:
     if part.first_stage and step.captured:
         lookups["aten::index_select"] += 1  # last tokens of the slots
         lookups |= {"aten::eq": 1.0, "aten::where": 1.0}
-    if not part.last_stage and step.captured:
+    if step.captured and (apart or not part.last_stage):
         lookups["aten::copy_"] = 1.0
     angles = 2.0 * load.tokens * step.plan.model.config.head_dim * FLOAT
     yield step.rows("step inputs", lookups, angles)

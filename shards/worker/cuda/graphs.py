@@ -12,7 +12,7 @@ Shape legend: S sequences of the bucket, B blocks of a table.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ from arriero.shards.worker.cuda.device import Device, Event, Replayable
 
 DRAFT_ROWS = 64
 """Rows for which a group with drafts has graphs though it has fewer sequences."""
+GraphKey = tuple[int, bool | None]
+"""Batch size, and whether all rows are greedy. With data-parallel attention the layers are a graph
+of their own, with None, and the draws another; else a graph has both."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
@@ -271,7 +274,7 @@ class GraphRunner:
     def __init__(self, device: Device, buckets: tuple[int, ...]) -> None:
         self.buckets = buckets
         self._device = device
-        self._graphs: dict[Hashable, Replayable] = {}
+        self._graphs: dict[GraphKey, Replayable] = {}
 
     @property
     def num_captured(self) -> int:
@@ -284,14 +287,14 @@ class GraphRunner:
         assert at < len(self.buckets), f"{count} rows exceed the largest bucket, {self.buckets[-1]}"
         return self.buckets[at]
 
-    def has(self, key: Hashable) -> bool:
+    def has(self, key: GraphKey) -> bool:
         """Whether the graph of `key` is captured."""
         return key in self._graphs
 
-    def capture(self, key: Hashable, work: Callable[[], None]) -> None:
+    def capture(self, key: GraphKey, work: Callable[[], None]) -> None:
         """Capture the graph of `key`; runs `work` more than once on the current inputs."""
         self._graphs[key] = self._device.capture(work)
 
-    def replay(self, key: Hashable) -> None:
+    def replay(self, key: GraphKey) -> None:
         """Queue the graph of `key` on the current inputs."""
         self._graphs[key].replay()

@@ -6,10 +6,12 @@ Sampled tokens stay on the device for later steps and are copied to the host mea
 gives a `Pending`, and the caller waits for the result after the launch of the next step.
 
 A graph has a stage's collectives inside, except the hand-over of activations between stages, which
-comes before and after the replay. With data-parallel attention all ranks run a step of few tokens
-with the same batch size, in which rows travel to experts in blocks of a fixed size; ranks without
-tokens replay the graph on padding. In larger steps each layer with experts needs numbers of rows on
-the host. Knows graphs and copies; knows nothing of sockets or scheduling.
+comes before and after the replay. NCCL asks that all ranks of a collective replay graphs of one
+capture, or none does. So with data-parallel attention the leader says when all ranks decode, and
+all replay the layers for the same batch size, ranks without tokens on padding; each rank then draws
+as its requests ask. Rows travel to experts in blocks of a fixed size. In other steps each layer
+with experts needs numbers of rows on the host. Knows graphs and copies; knows nothing of sockets
+or scheduling.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -26,15 +29,17 @@ from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.lora import AdapterRows
-from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.kernels.sampling_rows import Sampled
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models.loader import Progress
-from arriero.shards.protocol.step_plan import Int32, Logprobs, StepPlan, StepResult
+from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker.cuda.capability import check_capability
+from arriero.shards.worker.cuda.copied import Copied, OnHost
 from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
 from arriero.shards.worker.cuda.graphs import (
     DecodeInputs,
+    GraphKey,
     GraphRunner,
     buckets_up_to,
     graph_rows,
@@ -48,8 +53,8 @@ from arriero.shards.worker.step_results import Drawn
 _log = logging.getLogger(__name__)
 HOST_WAITS = {
     "shards/collectives/expert_parallel.py:_counts_on_host": "once for each layer with experts and "
-    "data-parallel attention in a step with more tokens than a graph has rows, such as a prompt: "
-    "the all-to-all takes its numbers of rows from the host",
+    "data-parallel attention in a step in which not all ranks decode: the all-to-all takes its "
+    "numbers of rows from the host",
     "shards/models/llama4_vision.py:__call__": "once for each new image: its pixels come from "
     "pageable memory, and the tower takes far longer",
     "shards/worker/runner.py:_prompt_logprobs": "once for each step with log-probabilities of "
@@ -62,56 +67,6 @@ for all rows of a rank, so that R ranks send R times the rows that an exact exch
 _REPLAY = "collectives of a captured decode step"
 _MEMORY_SLACK = 1.02
 _MEMORY_SLACK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _OnHost:
-    """Host copies of the fields of `Sampled`, complete after the event of `Copied`."""
-
-    tokens_R: Tensor
-    logprobs_R: Tensor | None
-    top_tokens_RN: Tensor | None
-    top_logprobs_RN: Tensor | None
-
-
-class Copied:
-    """A `Pending` with queued copies to the host."""
-
-    def __init__(
-        self,
-        plan: StepPlan,
-        copies: _OnHost | None,
-        prompt_logprobs: Logprobs | None,
-        copied: Event,
-        started_ns: int,
-        drafts: Int32 | None = None,
-    ) -> None:
-        self._step, self._dp_rank = plan.step, plan.dp_rank
-        self._copies, self._prompt_logprobs = copies, prompt_logprobs
-        self._copied, self._started_ns = copied, started_ns
-        self._drafts = drafts
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._copied.query()
-
-    def wait(self) -> StepResult:
-        """The result, after the copies are complete."""
-        self._copied.synchronize()
-        tokens, logprobs = np.empty(0, np.int32), None
-        if self._copies is not None:
-            tokens = self._copies.tokens_R.numpy()
-            logprobs = _logprobs(self._copies)
-        return StepResult(
-            step=self._step,
-            tokens=tokens,
-            logprobs=logprobs,
-            prompt_logprobs=self._prompt_logprobs,
-            elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
-            dp_rank=self._dp_rank,
-            drafts=self._drafts,
-        )
 
 
 class CudaRunner(Runner):
@@ -213,17 +168,15 @@ class CudaRunner(Runner):
         self.mesh.watchdog.step = plan.step
         self._apply(plan)
         graphs, bucket = self._graphs, self._bucket(plan)
-        self._model.pad_exchange(bucket if self._config.dp > 1 else 0)
-        if graphs is None or not bucket:
+        if graphs is None or not bucket or not (self._exchanges or self._slots.is_plain(plan)):
+            self._model.pad_exchange(0)
             drawn = self._compute(plan)
         elif not len(plan.slots):  # other data-parallel ranks have tokens, for experts here too
-            self._replay_padding(graphs, bucket)
+            self._inputs.fill_padding(bucket)
+            self._replay_layers(graphs, bucket)
             drawn = Drawn() if self.mesh.samples else None
-        elif self._slots.is_plain(plan):
-            sampled = self._decode(plan, graphs, bucket)
-            drawn = None if sampled is None else Drawn(sampled)
         else:
-            drawn = self._compute(plan)
+            drawn = self._decode(plan, graphs, bucket)
         if drawn is None:
             return None
         copies = None if drawn.sampled is None else self._to_host(drawn.sampled)
@@ -236,44 +189,52 @@ class CudaRunner(Runner):
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         self._slots.record_on_device(plan, tokens_R)
 
+    @property
+    def _exchanges(self) -> bool:
+        """Whether rows travel to experts on other data-parallel ranks."""
+        return self._config.dp > 1
+
     def _bucket(self, plan: StepPlan) -> int:
         """Rows of the graph for a plan, the same on all data-parallel ranks; 0 for no graph."""
-        graphs, dp = self._graphs, self._config.dp
-        num_tokens = len(plan.tokens) if dp == 1 else plan.stage_tokens
+        graphs = self._graphs
+        num_tokens = plan.decodes if self._exchanges else len(plan.tokens)
         if graphs is None or not num_tokens or num_tokens > graphs.buckets[-1]:
             return 0
         return graphs.bucket(num_tokens)
 
-    def _replay_padding(self, graphs: GraphRunner, bucket: int) -> None:
-        """Take part in a step of other data-parallel ranks by a graph of padding rows."""
-        self._capture(graphs, bucket, all_greedy=True)
+    def _replay_layers(self, graphs: GraphRunner, bucket: int) -> None:
+        """Replay the layers alone, on all ranks of the stage."""
+        key: GraphKey = (bucket, None)
+        self._capture(graphs, *key)
         self.phase = "layers"
-        self._inputs.fill_padding(bucket)
         with self.mesh.watchdog.watch(_REPLAY):
-            graphs.replay((bucket, True))
+            graphs.replay(key)
 
-    def _decode(self, plan: StepPlan, graphs: GraphRunner, bucket: int) -> Sampled | None:
-        """Replay the graph of a plain plan; None on a rank that does not sample."""
+    def _decode(self, plan: StepPlan, graphs: GraphRunner, bucket: int) -> Drawn | None:
+        """Replay the graphs of a plan of decodes; None on a rank that does not sample."""
         batch = self._slots.decode_batch(plan)
         count, part = len(batch.tokens), self.mesh.part
-        all_greedy = not batch.temperature.any()
-        key = (bucket, all_greedy)
-        self._capture(graphs, bucket, all_greedy)
-        self.phase = "layers"
         self._inputs.fill(batch, bucket)
         if not part.first_stage:
             self.mesh.recv_hidden(self._received_SH[:count])
-        if self.mesh.stage_size == 1:
-            graphs.replay(key)
-        else:
-            with self.mesh.watchdog.watch(_REPLAY):
+        key: GraphKey = (bucket, not batch.temperature.any())
+        if self._exchanges:
+            self._replay_layers(graphs, bucket)
+            if part.last_stage and not self._slots.is_plain(plan):
+                self.phase = "sample"
+                sampled, _ = self._sample(plan, self._passed_SH[:count], None)
+                return Drawn(sampled) if self.mesh.samples else None
+        if part.last_stage or not self._exchanges:
+            self._capture(graphs, *key)
+            self.phase = "layers"
+            with self.mesh.watchdog.watch(_REPLAY) if self.mesh.tp > 1 else nullcontext():
                 graphs.replay(key)
         if not part.last_stage:  # a copy, since the next replay may come before the send
             self.mesh.send_hidden(self._passed_SH[:count].clone())
         elif has_drafts(plan) and (self.mesh.samples or self.mesh.pp == 1):
             # a graph records each row as its slot's last token, in any order
             self._record(plan, self._drawn_S[:count])
-        return Sampled(tokens_R=self._drawn_S[:count]) if self.mesh.samples else None
+        return Drawn(Sampled(tokens_R=self._drawn_S[:count])) if self.mesh.samples else None
 
     def warm_up(self) -> None:
         """Compile all kernels, and capture the graphs of all batch sizes: serving does neither.
@@ -289,14 +250,16 @@ class CudaRunner(Runner):
         self._model.pad_exchange(0)
         for num_tokens in prompt_sizes(self._config.max_batch_tokens):
             self._run_padding_prompt(num_tokens)
-        if self._graphs is None:
-            for all_greedy in (False, True):
-                self._inputs.fill_padding(1)
-                self._decode_work(1, all_greedy)()
-        else:
-            for bucket in reversed(self._graphs.buckets):
-                for all_greedy in (False, True):
+        kinds: tuple[bool | None, ...] = (False, True)
+        if self._exchanges:
+            kinds = (None, False, True) if self.mesh.part.last_stage else (None,)
+        for bucket in (1,) if self._graphs is None else reversed(self._graphs.buckets):
+            for all_greedy in kinds:
+                if self._graphs is not None:
                     self._capture(self._graphs, bucket, all_greedy)
+                    continue
+                self._inputs.fill_padding(bucket)
+                self._graph_work(bucket, all_greedy)()
         if self.mesh.samples:
             plain = self._inputs.sampling_rows(1, all_greedy=False)
             draw_all_ways(self._ops, plain, sum(self._vocab_sizes))
@@ -332,28 +295,37 @@ class CudaRunner(Runner):
             self._model.decoder(x_TH.clone(), replace(batch, adapters=rows, local=local))
         self._model.decoder(x_TH, batch)
 
-    def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool) -> None:
+    def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool | None) -> None:
+        """Capture a graph unless it exists; for `all_greedy` see `GraphKey`."""
         if graphs.has((bucket, all_greedy)):
             return
         self.phase = "capture"
         self._inputs.fill_padding(bucket)
-        self._model.pad_exchange(bucket if self._config.dp > 1 else 0)
+        self._model.pad_exchange(bucket if self._exchanges else 0)
         watchdog = self.mesh.watchdog
         watchdog.marking = False
         try:
-            graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
+            graphs.capture((bucket, all_greedy), self._graph_work(bucket, all_greedy))
         finally:
             watchdog.marking = True
 
-    def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
-        """A stage's part of a decode step, over tensors with fixed addresses.
-
-        Reads `_inputs` and, after the first stage, `_received_SH`. Writes `_passed_SH`, or on the
-        last stage `_drawn_S` and the last tokens of the slots.
-        """
-        inputs, table, model, part = self._inputs, self._slots, self._model, self.mesh.part
+    def _graph_work(self, bucket: int, all_greedy: bool | None) -> Callable[[], None]:
+        """Work of a graph, over tensors with fixed addresses; see `GraphKey`."""
+        layers, passed_SH = self._layers_work(bucket), self._passed_SH[:bucket]
 
         def work() -> None:
+            if all_greedy is None or not self.mesh.part.last_stage:
+                passed_SH.copy_(layers())
+            else:
+                self._draw(passed_SH if self._exchanges else layers(), all_greedy)
+
+        return work
+
+    def _layers_work(self, bucket: int) -> Callable[[], Tensor]:
+        """A stage's layers in a decode step of `_inputs`, or after stage 0 of `_received_SH`."""
+        inputs, table, model, part = self._inputs, self._slots, self._model, self.mesh.part
+
+        def work() -> Tensor:
             slot_S = inputs.ints("slots", bucket)
             positions_S = inputs.ints("positions", bucket)
             cos_SD, sin_SD = table.rope.at(positions_S)
@@ -381,25 +353,25 @@ class CudaRunner(Runner):
             x_SH = self._received_SH[:bucket]
             if part.first_stage:
                 x_SH = self._embed(table.resolve(inputs.ints("tokens", bucket), slot_S))
-            x_SH = model.decoder(x_SH, batch)
-            if not part.last_stage:
-                self._passed_SH[:bucket].copy_(x_SH)
-                return
-            self._draw(x_SH, inputs.sampling_rows(bucket, all_greedy=all_greedy))
-            last_S = self._drawn_S[:bucket].clamp(min=0)
-            table.last_S.index_copy_(0, slot_S.long(), last_S)
+            return model.decoder(x_SH, batch)
 
         return work
 
-    def _draw(self, x_SH: Tensor, rows: SamplingRows) -> None:
-        """Draw a token for each row into `_drawn_S`, on all ranks of a single stage."""
-        drawn_S = self._drawn_S[: len(x_SH)]
+    def _draw(self, x_SH: Tensor, all_greedy: bool) -> None:
+        """Draw a token for each row into `_drawn_S`, on all ranks of a single stage.
+
+        Writes the last tokens of the slots too.
+        """
+        bucket = len(x_SH)
+        drawn_S, slot_S = self._drawn_S[:bucket], self._inputs.ints("slots", bucket)
+        rows = self._inputs.sampling_rows(bucket, all_greedy=all_greedy)
         logits_SV = self.mesh.gather_logits(self._model.logits(x_SH), self._vocab_sizes)
         if logits_SV is not None:
             drawn_S.copy_(self._ops.sample(logits_SV, rows).tokens_R)
         self.mesh.share_tokens(drawn_S)
+        self._slots.last_S.index_copy_(0, slot_S.long(), drawn_S.clamp(min=0))
 
-    def _to_host(self, sampled: Sampled) -> _OnHost:
+    def _to_host(self, sampled: Sampled) -> OnHost:
         def copy(tensor: Tensor) -> Tensor:
             host = self._device.host(tuple(tensor.shape), tensor.dtype)
             return host.copy_(tensor, non_blocking=True)
@@ -407,7 +379,7 @@ class CudaRunner(Runner):
         def copy_some(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else copy(tensor)
 
-        return _OnHost(
+        return OnHost(
             copy(sampled.tokens_R),
             copy_some(sampled.logprobs_R),
             copy_some(sampled.top_tokens_RN),
@@ -423,17 +395,3 @@ class CudaRunner(Runner):
                 allocated,
                 planned,
             )
-
-
-def _logprobs(copies: _OnHost) -> Logprobs | None:
-    if copies.logprobs_R is None:
-        return None
-    chosen = copies.logprobs_R.numpy()
-    if copies.top_tokens_RN is None or copies.top_logprobs_RN is None:
-        none = np.empty((len(chosen), 0))
-        return Logprobs(
-            chosen=chosen, top_tokens=none.astype(np.int32), top=none.astype(np.float32)
-        )
-    return Logprobs(
-        chosen=chosen, top_tokens=copies.top_tokens_RN.numpy(), top=copies.top_logprobs_RN.numpy()
-    )

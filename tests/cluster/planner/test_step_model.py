@@ -152,7 +152,7 @@ def test_tp_sums_of_a_machine_are_launches_without_messages() -> None:
 
 
 def test_prompts_with_data_parallel_attention_run_outside_of_graphs() -> None:
-    """Their layers with experts wait for numbers of rows; decodes send blocks, and wait for none."""
+    """Their layers with experts wait for numbers of rows; decodes send blocks, and wait not."""
     layout = ParallelConfig(dp=8, ep=8)
     load = StepLoad(sequences=1, new_tokens=1024, context=1024)
     step = step_of("llama-4-maverick", "fp8", layout, load)

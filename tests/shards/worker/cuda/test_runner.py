@@ -159,7 +159,7 @@ def test_a_capture_changes_nothing_that_sequences_see(config: GroupConfig) -> No
     runner._slots.last_S.fill_(42)
     before = [cache.read(layer, blocks).clone() for layer in range(2)]
     runner._inputs.fill_padding(4)
-    device.capture(runner._decode_work(4, False))
+    device.capture(runner._graph_work(4, False))
     assert all(torch.equal(cache.read(layer, blocks), before[layer]) for layer in range(2))
     assert (runner._slots.last_S[:-1] == 42).all()
     assert cache.read(0, [config.num_blocks]).any(), "padding is written to the scratch block"
