@@ -317,6 +317,9 @@ class Ops(ABC):
             new: the layer with as many experts, packed alike.
         """
 
+    def drop_tables(self) -> None:  # noqa: B027
+        """Free cached data of all layers' experts, when the weights leave memory."""
+
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Undo `moe_permute`: sum the rows of each token in the order of its choices: [T, H]."""
         return moe.combine(y_XH, permutation)

@@ -241,6 +241,10 @@ class TritonOps(Ops):
                 table.replace([linear.packed for linear in after])
                 self._experts[_key(after)] = table
 
+    def drop_tables(self) -> None:
+        """Drop the tables of experts, which keep the weights alive."""
+        self._experts.clear()
+
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Sum the rows of each token in the order of its choices."""
         return experts.combine(y_XH, permutation.row_TA)

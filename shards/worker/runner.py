@@ -157,6 +157,7 @@ class Runner:
             return
         self._drafts = None
         del self._model
+        self._ops.drop_tables()
         self.weights_nbytes = self.kv_nbytes = 0
         give_memory_back(self.mesh.device)
 

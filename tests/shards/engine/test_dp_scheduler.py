@@ -35,8 +35,11 @@ class Run:
         assert len(plans) in (0, len(self.slices))
         assert len({plan.step for plan in plans}) < 2
         assert not plans or any(len(plan.slots) for plan in plans)
+        decodes = all((plan.counts == plan.samples).all() for plan in plans)
+        most = max((len(plan.tokens) for plan in plans), default=0) if decodes else 0
         for dp_rank, plan in enumerate(plans):
             assert plan.dp_rank == dp_rank
+            assert plan.decodes == (most if len(plans) > 1 else 0), "all ranks, or none"
             self.busy[dp_rank] += bool(len(plan.slots))
             self.slices[dp_rank].submit(plan)
         return bool(plans)

@@ -325,6 +325,15 @@ def test_replaced_experts_leave_memory(tmp_path: Path) -> None:
         assert len(set(held)) == 1, f"bytes after each move: {held}"
 
 
+def test_released_experts_leave_memory(tmp_path: Path) -> None:
+    tiny_llama4(tmp_path, seed=3, layers=2, experts=8, chunk=8)
+    with simulated():
+        runner = loaded(on_cuda(config_of(tmp_path)))
+        held, weights = torch.cuda.memory_allocated(), runner.weights_nbytes
+        runner.release()
+        assert torch.cuda.memory_allocated() <= held - weights
+
+
 def test_quantized_activations_have_the_dtype_that_the_next_stage_expects(tmp_path: Path) -> None:
     make(tmp_path, "llama")
     config = config_of(tmp_path, quantization="int8", dtype="float16")
