@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -64,7 +63,6 @@ HOST_WAITS = {
 MOST_PADDED = 256
 """Most tokens of a data-parallel rank whose rows travel in blocks of a fixed size: a block has room
 for all rows of a rank, so that R ranks send R times the rows that an exact exchange sends."""
-_REPLAY = "collectives of a captured decode step"
 _MEMORY_SLACK = 1.02
 _MEMORY_SLACK_BYTES = 64 << 20
 
@@ -172,8 +170,9 @@ class CudaRunner(Runner):
             self._model.pad_exchange(0)
             drawn = self._compute(plan)
         elif not len(plan.slots):  # other data-parallel ranks have tokens, for experts here too
+            self._capture(graphs, bucket, None)
             self._inputs.fill_padding(bucket)
-            self._replay_layers(graphs, bucket)
+            self._replay(graphs, (bucket, None))
             drawn = Drawn() if self.mesh.samples else None
         else:
             drawn = self._decode(plan, graphs, bucket)
@@ -202,33 +201,35 @@ class CudaRunner(Runner):
             return 0
         return graphs.bucket(num_tokens)
 
-    def _replay_layers(self, graphs: GraphRunner, bucket: int) -> None:
-        """Replay the layers alone, on all ranks of the stage."""
-        key: GraphKey = (bucket, None)
-        self._capture(graphs, *key)
+    def _replay(self, graphs: GraphRunner, key: GraphKey) -> None:
+        """Replay a captured graph; see `GraphKey`."""
         self.phase = "layers"
-        with self.mesh.watchdog.watch(_REPLAY):
+        layers = key[1] is None or not self._exchanges
+        if self.mesh.tp == 1 and not (layers and self._exchanges):
+            graphs.replay(key)
+            return
+        with self.mesh.watchdog.watch("collectives of a captured decode step"):
             graphs.replay(key)
 
     def _decode(self, plan: StepPlan, graphs: GraphRunner, bucket: int) -> Drawn | None:
         """Replay the graphs of a plan of decodes; None on a rank that does not sample."""
         batch = self._slots.decode_batch(plan)
         count, part = len(batch.tokens), self.mesh.part
+        keys: list[GraphKey] = [(bucket, not batch.temperature.any())]
+        if self._exchanges:
+            plain = part.last_stage and self._slots.is_plain(plan)
+            keys = [(bucket, None), *keys] if plain else [(bucket, None)]
+        for key in keys:
+            self._capture(graphs, *key)  # before `fill`, since a capture runs on padding
         self._inputs.fill(batch, bucket)
         if not part.first_stage:
             self.mesh.recv_hidden(self._received_SH[:count])
-        key: GraphKey = (bucket, not batch.temperature.any())
-        if self._exchanges:
-            self._replay_layers(graphs, bucket)
-            if part.last_stage and not self._slots.is_plain(plan):
-                self.phase = "sample"
-                sampled, _ = self._sample(plan, self._passed_SH[:count], None)
-                return Drawn(sampled) if self.mesh.samples else None
-        if part.last_stage or not self._exchanges:
-            self._capture(graphs, *key)
-            self.phase = "layers"
-            with self.mesh.watchdog.watch(_REPLAY) if self.mesh.tp > 1 else nullcontext():
-                graphs.replay(key)
+        for key in keys:
+            self._replay(graphs, key)
+        if part.last_stage and keys == [(bucket, None)]:
+            self.phase = "sample"
+            sampled, _ = self._sample(plan, self._passed_SH[:count], None)
+            return Drawn(sampled) if self.mesh.samples else None
         if not part.last_stage:  # a copy, since the next replay may come before the send
             self.mesh.send_hidden(self._passed_SH[:count].clone())
         elif has_drafts(plan) and (self.mesh.samples or self.mesh.pp == 1):
