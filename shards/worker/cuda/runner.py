@@ -204,8 +204,7 @@ class CudaRunner(Runner):
     def _replay(self, graphs: GraphRunner, key: GraphKey) -> None:
         """Replay a captured graph; see `GraphKey`."""
         self.phase = "layers"
-        layers = key[1] is None or not self._exchanges
-        if self.mesh.tp == 1 and not (layers and self._exchanges):
+        if self.mesh.tp == 1 and key[1] is not None:
             graphs.replay(key)
             return
         with self.mesh.watchdog.watch("collectives of a captured decode step"):
