@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from gpu.checks import Where
 
+from arriero.shards.collectives.all_to_all import DirectExchange
 from arriero.shards.collectives.mesh import all_gather
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
@@ -113,6 +114,7 @@ def nccl_in_a_graph(at: Where) -> float:
     store = dist.HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
+        exchange = DirectExchange(0, dist.distributed_c10d._get_default_group())
         x = torch.arange(8.0, device=at.device)
         parts, total = (torch.zeros(8, device=at.device) for _ in range(2))
 
@@ -121,7 +123,8 @@ def nccl_in_a_graph(at: Where) -> float:
             dist.all_reduce(y)
             all_gather(parts, y, None)
             dist.broadcast(y, 0)
-            total.copy_(parts + y)
+            rows = exchange.swap(y.view(torch.uint8).view(8, 4))  # as rows to experts in blocks
+            total.copy_(parts + rows.view(torch.float32).view(8))
 
         work()  # makes the communicator
         torch.cuda.synchronize()
