@@ -13,11 +13,14 @@ _NATIVE = "kernels/cpu/native"
 _HEADERS = [
     "simd.h",
     "buffer.h",
+    "dot.h",
+    "levels.h",
     "matrix.h",
     "narrow.h",
     "pairs.h",
     "pool.h",
     "product.h",
+    "rows.h",
     "cache.h",
     "attention_plan.h",
     "attention_tiles.h",
@@ -37,7 +40,7 @@ _AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq",
 _X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": _AVX512,
-    "avx512bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],  # every CPU with one has the other
 }
 
 

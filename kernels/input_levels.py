@@ -1,8 +1,8 @@
-"""Rounding of inputs to int8, float8 and e2m1, as checkpoint formats with rounded inputs define it.
+"""Rounding of inputs to int8, float8 and e2m1, as formats with rounded inputs define it.
 
 Knows numbers; knows nothing of products, backends and checkpoint formats.
 
-Shape legend: T rows, I columns (inputs), G groups of C = 16 columns.
+Shape legend: T rows, I columns (inputs), G groups of C columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from arriero.kernels.quantized_weight import FP4_MAX, FP8_MAX, nonzero
 
 FP4_GROUP = 16
 """Columns of e2m1 inputs that share a scale."""
+LEVEL_GROUP = 32
+"""Columns of int8 inputs that share a scale; see `int8_groups`."""
 _INT8_MAX = 127
+_LEAST_MAGNITUDE = 1e-30
+"""A group of inputs with a lower greatest magnitude becomes zeros."""
 
 
 def static_levels(x_TI: Tensor, scale: Tensor, levels: str) -> Tensor:
@@ -53,6 +57,25 @@ def int8_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     x_TI = x_TI.float()
     scale_T1 = nonzero(x_TI.abs().amax(1, keepdim=True) / _INT8_MAX)
     return (x_TI / scale_T1).round_().clamp_(-_INT8_MAX, _INT8_MAX), scale_T1
+
+
+def int8_groups(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of 32 columns to int8 with a scale of its own.
+
+    The scale is the greatest magnitude / 127, a level the nearest whole number to
+    x * (127 / greatest magnitude), all in float32. A group below 1e-30 becomes zeros.
+
+    Args:
+        x_TI: inputs of any float dtype; I is a multiple of 32.
+
+    Returns:
+        Levels -127 .. 127 as float32 [T, I], scales float32 [T, I / 32].
+    """
+    x_TGC = x_TI.float().view(len(x_TI), -1, LEVEL_GROUP)
+    greatest_TG1 = x_TGC.abs().amax(2, keepdim=True)
+    inverse_TG1 = (_INT8_MAX / greatest_TG1).where(greatest_TG1 >= _LEAST_MAGNITUDE, 0.0)
+    scale_TG1 = (greatest_TG1 / _INT8_MAX).where(greatest_TG1 >= _LEAST_MAGNITUDE, 0.0)
+    return (x_TGC * inverse_TG1).round_().flatten(1), scale_TG1[..., 0]
 
 
 def fp4_levels(x_TI: Tensor) -> Tensor:

@@ -158,6 +158,12 @@ class QuantizedWeight:
             zeros=None if self.zeros is None else self.zeros[:, groups],
         )
 
+    def with_half_scales(self) -> QuantizedWeight:
+        """The same numbers, with `half_scales` where float16 represents each of them exactly."""
+        numbers = (self.scales,) if self.zeros is None else (self.scales, self.zeros)
+        exact = all(torch.equal(number.half().float(), number) for number in numbers)
+        return replace(self, half_scales=True) if self.kind == "int4" and exact else self
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The matrix with its tensors on a device."""
         return self._mapped(lambda tensor: tensor.to(device))

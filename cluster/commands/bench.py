@@ -34,6 +34,9 @@ app = typer.Typer(
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Quantization = Annotated[str | None, typer.Option(help="Weights in int8, int4 or fp8.")]
+ActivationDtype = Annotated[
+    str | None, typer.Option(help="int8: round the inputs of int8 and int4 weights (CPUs).")
+]
 Requests = Annotated[int, typer.Option(min=1, help="Number of requests, all at once.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")]
 Output = Annotated[int, typer.Option(min=1, help="Output tokens of each request.")]
@@ -159,6 +162,7 @@ def engine(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
+    activation_dtype: ActivationDtype = None,
     requests: Annotated[
         int | None,
         typer.Option(min=1, help="Number of requests, all at once: 8, or the prompts of the file."),
@@ -190,6 +194,8 @@ def engine(
     from arriero.cluster.engine_bench import Cell, EngineBench
     from arriero.shards.config.group import GroupConfig
 
+    if activation_dtype not in (None, "int8"):
+        raise SpecError(f"`--activation-dtype`={activation_dtype!r} must be int8")
     drafts = SpeculationConfig.checked(speculation, draft_tokens, draft_model)
     if prompt_file is not None:
         prompts = read_prompts(prompt_file, model, requests)
@@ -201,6 +207,7 @@ def engine(
         model_path=str(model),
         dtype=dtype,
         quantization=quantization,
+        activation_dtype="int8" if activation_dtype else None,
         tp=tp,
         pp=pp,
         device=device,
@@ -219,6 +226,7 @@ def engine(
             figures = bench.run(prompts, output)
     settings: dict[str, Any] = {"bench": "engine", "model": str(model), "speculation": speculation}
     settings |= {"dtype": dtype, "quantization": quantization}
+    settings |= {"activation_dtype": activation_dtype}
     _print({**settings, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
 
 

@@ -177,6 +177,11 @@ def check_sizes(model: ModelSpec, folder: Path) -> None:
             f"{folder}: `quantization`={model.quantization!r}: the weights are quantized already "
             f"({scheme.method}); leave `quantization` out"
         )
+    if scheme is None and model.quantization is None and model.activation_dtype is not None:
+        raise SpecError(
+            f"model `{model.name}`: `activation_dtype`={model.activation_dtype} needs int8 or int4 "
+            "weights; set `quantization`, or use a checkpoint of such weights"
+        )
     devices = ("cpu", "cuda") if model.device == "auto" else (model.device,)
     errors: list[SpecError] = []
     for device in devices:

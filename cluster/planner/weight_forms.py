@@ -160,6 +160,8 @@ def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
         precision=scheme.kind,
         group_size=scheme.group_size or WHOLE_ROW,
         zeros=scheme.method != "pack-quantized" or not scheme.symmetric or scheme.act_order,
+        # CPU kernels keep the few matrices in float32 whose scales are no numbers of float16
+        half_scales=scheme.kind == "int4",
     )
 
 

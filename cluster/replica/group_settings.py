@@ -63,7 +63,7 @@ class GroupSettings:
 
     @property
     def numerics(self) -> str:
-        """Dtype, quantization, type of the KV cache and attention window as text."""
+        """Dtypes, quantization and attention window as text: all that changes tokens."""
         config = self.config
-        words = (config.dtype, config.quantization, config.kv_words, config.window_words)
-        return " ".join(filter(None, words))
+        words = (config.dtype, config.quantization, config.activation_words)
+        return " ".join(filter(None, (*words, config.kv_words, config.window_words)))

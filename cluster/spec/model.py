@@ -267,6 +267,8 @@ class ModelSpec(SpecSection):
             read.
         dtype: dtype of weights, and of the KV cache without `kv.dtype`.
         quantization: form of the weights after loading: int8, int4, fp8; None keeps `dtype`.
+        activation_dtype: int8 rounds the inputs of int8 and int4 weights (CPUs): faster, with other
+            answers; None for no rounding.
         groups: number of replica groups; with `autoscale`, the number at the start.
         autoscale: lets the number of groups follow the load; null keeps `groups`.
         spares: number of groups on standby: placed, code loaded, and the weights in the page cache
@@ -302,6 +304,7 @@ class ModelSpec(SpecSection):
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8", "int4", "fp8"] | None = None
+    activation_dtype: Literal["int8"] | None = None
     groups: Count = 1
     autoscale: AutoscaleSpec | None = None
     spares: Annotated[int, Field(ge=0)] = 0
@@ -373,6 +376,7 @@ class ModelSpec(SpecSection):
             model_path=self.path,
             dtype=self.dtype,
             quantization=self.quantization,
+            activation_dtype=self.activation_dtype,
             **self.mesh.model_dump(),
             device=device,
             kernels=self.kernels,

@@ -52,5 +52,17 @@ class CpuBackend(Backend):
         )
 
 
+def rounding_ops(device: torch.device, threads: int | None, activation_dtype: str) -> CpuOps:
+    """Ops that round the inputs of int8 and int4 weights to `activation_dtype`.
+
+    Raises:
+        ValueError: the device is not a CPU, or the dtype has no kernels.
+        RuntimeError: this machine can use no variant of the library.
+    """
+    from arriero.kernels.cpu.backend import CpuOps
+
+    return CpuOps(device, threads, activation_dtype=activation_dtype)
+
+
 def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit

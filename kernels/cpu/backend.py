@@ -43,6 +43,7 @@ from arriero.kernels.cpu.structs import (
 from arriero.kernels.cpu.threads import available_threads
 from arriero.kernels.cpu.weights import pack_plain, pack_quantized
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.lora import AdapterRows, LoraBank
@@ -56,7 +57,9 @@ class CpuOps(Ops):
     """The op list on the CPU.
 
     On a CPU with instructions for bf16 pairs, inputs that meet bf16 weights are rounded to bf16 (as
-    in the reference); with `exact_inputs` the inputs stay float32, at half the speed.
+    in the reference); with `exact_inputs` the inputs stay float32, at half the speed. With
+    `activation_dtype` int8, inputs that meet int8 and int4 weights are rounded to int8 by
+    `input_levels.int8_groups`, where `weights.takes_levels` holds.
     """
 
     name = "cpu"
@@ -67,24 +70,29 @@ class CpuOps(Ops):
         threads: int | None = None,
         *,
         exact_inputs: bool = False,
+        activation_dtype: str | None = None,
         variant: str | None = None,
     ) -> None:
         """Load the library and start the threads.
 
         Raises:
             RuntimeError: this machine can use no variant of the library.
-            ValueError: the device is not a CPU, or `threads` is not positive.
+            ValueError: the device is not a CPU, `threads` is not positive, or the kernels cannot
+                round inputs to `activation_dtype`.
         """
         if device.type != "cpu":
             raise ValueError(f"kernels='cpu' runs on device 'cpu', not {device}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads} must be at least 1")
+        if activation_dtype not in (None, "int8"):
+            raise ValueError(f"activation_dtype={activation_dtype!r} must be int8, or None")
         self.device = device
         self.library = load(variant)
         self.num_threads = available_threads() if threads is None else threads
         # Torch computes little between calls, and its threads would take the cores from these.
         torch.set_num_threads(1)
         self._machine = self.library.machine(self.num_threads, exact_inputs)
+        self._levels = activation_dtype == "int8"
         self._folder: Path | None = None
 
     # Packing.
@@ -104,13 +112,28 @@ class CpuOps(Ops):
 
     def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
         """Stack by rows and pack; see `Ops.pack_quantized`."""
-        return linear_of(pack_quantized(self.library, self._machine, weights, bias_O, self._folder))
+        return linear_of(
+            pack_quantized(
+                self.library, self._machine, weights, bias_O, self._folder, levels=self._levels
+            )
+        )
+
+    def pack_transformed(
+        self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None, inputs: InputTransform
+    ) -> Linear:
+        """See `Ops.pack_transformed`; inputs that a checkpoint rounds are not rounded again."""
+        levels, self._levels = self._levels, self._levels and not inputs.rounds
+        try:
+            return super().pack_transformed(weights, bias_O, inputs)
+        finally:
+            self._levels = levels
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack rows; see `Ops.pack_quantized_vocab`."""
         if weight.kind == "fp4":
             raise NotImplementedError("kernels='cpu': fp4 tables have no kernel; use plain tables")
-        return vocab_of(pack_quantized(self.library, self._machine, [weight], None), first_row)
+        packed = pack_quantized(self.library, self._machine, [weight], None, levels=self._levels)
+        return vocab_of(packed, first_row)
 
     @contextmanager
     def offloading(self, folder: Path) -> Iterator[None]:

@@ -25,7 +25,16 @@ VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
 """Variants of the library, the fastest first."""
 
 _FLAGS = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
+    "avx512bf16": {
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_bf16",
+        "avx512_vnni",
+        "fma",
+        "f16c",
+    },
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set[str](),

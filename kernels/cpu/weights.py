@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.cpu.library import Library, Machine, Matrix
 from arriero.kernels.cpu.offload import MappedBytes
+from arriero.kernels.input_levels import LEVEL_GROUP
 from arriero.kernels.quantized_weight import INT4_ZERO, QuantizedWeight
 
 PANEL = 32
@@ -24,6 +25,8 @@ PANEL = 32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The C++ numbers of plain types."""
 INT8, FP8, INT4 = 3, 4, 5
+INT8_DOT, INT4_DOT = 6, 7
+"""Weights whose inputs are rounded to int8."""
 _MAX_WHOLE_ZERO = 128
 _FP4_ROWS = 256
 """Rows of fp4 that exist in float32 at a time."""
@@ -125,6 +128,17 @@ def pack_plain(
 
 
 _QUANTIZED = {"int8": INT8, "fp8": FP8, "int4": INT4}
+_DOT = {"int8": INT8_DOT, "int4": INT4_DOT}
+
+
+def takes_levels(weight: QuantizedWeight) -> bool:
+    """Whether the kernels can multiply a matrix with inputs that are rounded to int8.
+
+    Weights are int8 or int4, and groups of weights do not cut groups of inputs.
+    """
+    if weight.kind not in _DOT or weight.in_features % LEVEL_GROUP:
+        return False
+    return weight.scales.shape[1] == 1 or weight.group_size % LEVEL_GROUP == 0
 
 
 def pack_quantized(
@@ -133,10 +147,13 @@ def pack_quantized(
     weights: Sequence[QuantizedWeight],
     bias_O: Tensor | None,
     folder: Path | None = None,
+    *,
+    levels: bool = False,
 ) -> Packed:
     """Pack quantized matrices, stacked by rows; see `pack_plain`.
 
     The stored numbers are kept, but fp4 becomes bfloat16 (an exact conversion) with row scales.
+    With `levels`, products round their inputs to int8, where `takes_levels` says that they can.
 
     Raises:
         ValueError: the matrices do not stack, an fp8 number is NaN, or int4 groups have odd size.
@@ -153,6 +170,7 @@ def pack_quantized(
     if first.kind == "fp4":
         return _pack_fp4(library, machine, weights, bias_O, folder)
     num_groups = first.scales.shape[1]
+    kind = (_DOT if levels and takes_levels(first) else _QUANTIZED)[first.kind]
     if first.kind == "int4" and num_groups > 1 and first.group_size % 2:
         raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
     out_features = sum(w.out_features for w in weights)
@@ -173,7 +191,7 @@ def pack_quantized(
         in_features=first.in_features,
         data=data.data_ptr(),
         scale=tensors[1].data_ptr(),
-        type=_QUANTIZED[first.kind],
+        type=kind,
         scale_type=TYPES[dtype],
     )
     if first.kind == "int4":
@@ -185,10 +203,10 @@ def pack_quantized(
     _set_bias(struct, tensors, bias_O)
     row = 0
     for w in weights:
-        levels = w.data.detach().to("cpu").view(torch.uint8)
-        if w.kind == "fp8" and bool(((levels & 0x7F) == 0x7F).any()):
+        stored = w.data.detach().to("cpu").view(torch.uint8)
+        if w.kind == "fp8" and bool(((stored & 0x7F) == 0x7F).any()):
             raise ValueError("fp8 weights contain NaN; the checkpoint is damaged: get it again")
-        _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
+        _pack_rows(library, machine, struct, row, stored, kind)
         row += w.out_features
     return _finish(struct, tensors, mapping)
 

@@ -28,7 +28,10 @@ class GroupConfig(ParallelConfig):
             "fp8" (e4m3 without scales; backends "triton" and "reference"); None means `dtype`.
         quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
             32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
-            Activations, cache and norms have `dtype` in any case.
+            Activations, cache and norms have `dtype` in any case, but for `activation_dtype`.
+        activation_dtype: "int8": inputs of int8 and int4 weights are rounded to int8, with a scale
+            for each row and 32 inputs (backend "cpu" alone): faster, with other answers; None for
+            no rounding.
         expert_wire: format of rows sent to experts on other ranks: "float32", "bfloat16", or "fp8"
             (with a scale for each row; results return in bfloat16); None means `dtype`.
         spare_experts: slots of each slice, in each layer, for second copies of experts with a high
@@ -68,6 +71,7 @@ class GroupConfig(ParallelConfig):
     dtype: str = "bfloat16"
     kv_dtype: Literal["int8", "fp8"] | None = None
     quantization: str | None = None
+    activation_dtype: Literal["int8"] | None = None
     expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
     spare_experts: int = 0
     device: str = "cpu"
@@ -103,6 +107,11 @@ class GroupConfig(ParallelConfig):
     def kv_words(self) -> str:
         """Text of the KV cache's type, for keys, since it changes tokens; "" for `dtype`."""
         return "" if self.kv_dtype is None else f"kv {self.kv_dtype}"
+
+    @property
+    def activation_words(self) -> str:
+        """Text of the activations' type, for keys, since it changes tokens; "" for `dtype`."""
+        return "" if self.activation_dtype is None else f"activations {self.activation_dtype}"
 
     @property
     def window_words(self) -> str:

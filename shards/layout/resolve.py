@@ -97,6 +97,14 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     )
 
 
+def _check_activations(config: GroupConfig) -> None:
+    stated = f"`activation_dtype`={config.activation_dtype}"
+    if config.device != "cpu" or config.kernels not in (None, "cpu"):
+        raise SpecError(f"{stated} needs `device`=cpu and `kernels`=cpu; leave it out elsewhere")
+    if config.quantization == "fp8":
+        raise SpecError(f"{stated} needs int8 or int4 weights; set `quantization` to one of them")
+
+
 def _check_backend(config: GroupConfig, model: AnyModel) -> None:
     if config.dtype not in ITEMSIZE:
         raise SpecError(f"`dtype`={config.dtype!r} is none of {', '.join(ITEMSIZE)}")
@@ -104,6 +112,8 @@ def _check_backend(config: GroupConfig, model: AnyModel) -> None:
         raise SpecError(
             f"`quantization`={config.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
         )
+    if config.activation_dtype is not None:
+        _check_activations(config)
     if not 0 <= config.offload_layers <= model.num_layers:
         raise SpecError(
             f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
@@ -222,8 +232,7 @@ def cache_salt(config: GroupConfig, digest: str) -> bytes:
     agree to rounding, and are part of the root only with `same_layout`.
     """
     parts = [digest, config.dtype, config.quantization or ""]
-    if config.kv_words:
-        parts.append(config.kv_words)
+    parts += [words for words in (config.kv_words, config.activation_words) if words]
     if config.window_words:  # keys and values of deeper layers depend on the tokens seen
         parts.append(config.window_words)
     if config.tiers.dtype is not None:

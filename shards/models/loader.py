@@ -211,7 +211,7 @@ class Loader:
                     f"{name}: a quantized head with rounded or sorted inputs is not supported; "
                     "leave the head out when you quantize"
                 )
-            return self._ops.pack_quantized_vocab(stored.weight, rows.start)
+            return self._ops.pack_quantized_vocab(stored.weight.with_half_scales(), rows.start)
         if self._quantize is None:
             return self._ops.pack_vocab(stored.weight, rows.start, self._dtype)
         # Rounding costs most in tables (fp8 here costs more than in all other matrices together),
@@ -238,7 +238,8 @@ class Loader:
         self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
     ) -> Linear:
         plain = [part.weight for part in parts if isinstance(part.weight, Tensor)]
-        weights = [part.weight for part in parts if isinstance(part.weight, QuantizedWeight)]
+        stored = [part.weight for part in parts if isinstance(part.weight, QuantizedWeight)]
+        weights = [weight.with_half_scales() for weight in stored]
         if plain and weights:
             raise CheckpointError(
                 f"{' and '.join(names)} are stacked to one matrix, but only some are quantized; "

@@ -119,7 +119,7 @@ def _packed_file(
 ) -> PackedFile | None:
     if config.offload_layers:  # these weights stay mapped from a file of their own
         return None
-    form = f"{config.dtype} {config.quantization}"
+    form = f"{config.dtype} {config.quantization} {config.activation_words}".strip()
     return open_packed(checkpoint, part, ops, form, config.packed_cache_bytes)
 
 

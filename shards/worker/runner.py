@@ -77,6 +77,7 @@ class Runner:
             config.kernels,
             config.threads,
             batch_independent=config.batch_independent,
+            activation_dtype=config.activation_dtype,
         )
         self.mesh.use(self._ops)
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"

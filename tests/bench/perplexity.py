@@ -11,6 +11,7 @@ int8, fp8 and int4 are quantized while they load; the scales and zero points of 
 numbers. Parts of a name say more, and leave them float32: "plain" rounds to the nearest level
 without search, "g64" makes groups of 64 columns, "half" rounds scales and zero points to float16
 and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models quantize` writes.
+"q8-" in front rounds the inputs of int8 and int4 weights to int8 (`activation_dtype`).
 "kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache; on a CPU fp8 is on the reference
 backend.
 
@@ -74,6 +75,8 @@ def int4(how: list[str], weight_OI: Tensor) -> QuantizedWeight:
 def prepared(model: str, weights: str, device: str) -> Iterator[GroupConfig]:
     """The group that runs a model's weights in a form."""
     plain = GroupConfig(model_path=model, prefix_cache=False, max_model_len=2048, device=device)
+    if weights.startswith("q8-"):
+        weights, plain = weights.removeprefix("q8-"), replace(plain, activation_dtype="int8")
     if weights == "bfloat16":
         yield plain
     elif weights == "kv-int8":

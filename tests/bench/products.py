@@ -5,8 +5,9 @@
 One thread, timed by the thread's CPU time, so that other processes on the machine count little.
 The matrices are those of a decode step, in the order of the layers; all together they exceed the
 caches, as in a model. The floor of a step is the larger of its bytes over the memory rate and its
-operations over the rate of multiply-adds, both measured in the same run. Knows matrices; knows
-nothing of attention and of models.
+operations over the rate of multiply-adds, both measured in the same run: of float32 multiply-adds,
+also for forms in "-q8", whose inputs are rounded to int8 and whose share may exceed 1. Knows
+matrices; knows nothing of attention and of models.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ class Cell:
 
 
 def pack(ops: CpuOps, form: str, out_features: int, in_features: int) -> Linear:
-    """A matrix of random weights."""
+    """A matrix of random weights; "-q8" ends a form whose inputs are rounded to int8."""
     weight_OI = torch.randn(out_features, in_features) * in_features**-0.5
     if form in ("fp32", "bf16", "fp16"):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[form]
         return ops.pack_linear([weight_OI], None, dtype)
+    form = form.removesuffix("-q8")
     if form == "int8":
         return ops.pack_quantized([quantize_int8(weight_OI)], None)
     if form == "fp8":
@@ -122,6 +124,7 @@ class Bench:
     def __init__(self, repeats: int) -> None:
         """Measure the machine's rates."""
         self.ops = CpuOps(torch.device("cpu"), 1)
+        self.rounding_ops = CpuOps(torch.device("cpu"), 1, activation_dtype="int8")
         self._repeats = repeats
         data = torch.ones(READ_BYTES // 4)
         self.memory = READ_BYTES / min(
@@ -195,7 +198,8 @@ def main() -> None:
             shapes = model.shapes() * model.layers
             if part == "vocab":
                 shapes = [(model.vocab, model.hidden)]
-            matrices = [pack(bench.ops, form, *shape) for shape in shapes]
+            ops = bench.rounding_ops if form.endswith("-q8") else bench.ops
+            matrices = [pack(ops, form, *shape) for shape in shapes]
             for rows in map(int, arguments.rows.split(",")):
                 cell = bench.cell(arguments.model, form, part, matrices, rows)
                 cells.append(cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,20 @@ def test_scales_too_small_for_float16_stay_float32() -> None:
     kept = quantize_int4(w, 32, half=True)
     assert not kept.half_scales
     assert torch.equal(kept.dequantize(), quantize_int4(w, 32).dequantize())
+
+
+def test_exact_half_scales_of_a_checkpoint() -> None:
+    """Scales in float16 where each of them is a number of float16, as stored otherwise."""
+    made = quantize_int4(torch.randn(4, 64), 32, search=False)
+    assert made.zeros is not None and made.with_half_scales() is made
+    halves = replace(made, scales=made.scales.half().float(), zeros=made.zeros.round())
+    assert halves.with_half_scales().half_scales
+    assert torch.equal(halves.with_half_scales().dequantize(), halves.dequantize())
+    bf16 = replace(halves, scales=made.scales.bfloat16().float(), zeros=None)
+    assert bf16.with_half_scales().half_scales
+    tiny = replace(bf16, scales=torch.full_like(bf16.scales, 2.0**-30))
+    assert not tiny.with_half_scales().half_scales
+    assert not quantize_int8(torch.ones(4, 64)).with_half_scales().half_scales
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

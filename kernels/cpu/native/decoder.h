@@ -83,10 +83,11 @@ inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t 
                       int64_t num_rows, const float* weight, float eps, const Matrix& m,
                       char* shared) {
     const bool rounded = rounds_inputs(m, machine.exact), own = num_rows <= kOwnRows;
-    Rows rows{shared, row_stride(m.in_features)};
+    Rows rows{shared, row_stride(m)};
     auto one = [&](int64_t row) {
         rms_norm_row(x + row * x_stride, weight, eps, m.in_features,
                      [&](int64_t at, F16 v) { store_inputs(rows, rounded, row, at, v); });
+        round_row(m, rows, row);
     };
     if (own) {
         rows.data = machine.own[worker.thread].room(rows.stride * num_rows);
@@ -95,6 +96,12 @@ inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t 
         share_rows(worker, num_rows, one);
     }
     return rows;
+}
+
+// Round finished inputs of a product with `m`, where it takes levels: a phase.
+inline void round_rows(Worker& worker, const Matrix& m, const Rows& rows, int64_t num_rows) {
+    if (takes_levels(m))
+        share_rows(worker, num_rows, [&](int64_t row) { round_row(m, rows, row); });
 }
 
 // Store or add a block of sums: out [row][column], columns past the matrix's left alone.
@@ -147,11 +154,12 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
         rope_write(batch, t, heads, layer.style, qkv + t * width, kv, layer.index);
     });
     const bool rounded = rounds_inputs(layer.o, machine.exact);
-    const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
+    const Rows mixed{machine.mixed.room(0), row_stride(layer.o)};
     const AttentionCall call{batch, heads, layer.scale, layer.style.visible, kv, layer.index,
                              qkv, width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
+    round_rows(worker, layer.o, mixed, tokens);
     const LoraCall up_lora = adapters_of(&LayerLora::gate_up);
     adapted_product(worker, layer.o, mixed, rounded, tokens, false, o_lora, up_lora,
                     [&](const Block& b) {
@@ -171,10 +179,11 @@ inline void silu_mul_row(const float* gate, const float* up, int64_t size, const
     }
 }
 
-// The sums of a gate and up product, and what becomes of them: silu(gate) * up, in `to`.
+// The sums of a gate and up product, and what becomes of them: silu(gate) * up, in `to`, as inputs
+// of the next product.
 struct GatedSums {
     Machine& machine;
-    const Matrix& m;
+    const Matrix &m, &next;
     Rows to;
     bool rounded;
 
@@ -194,6 +203,7 @@ struct GatedSums {
             for (int v = 0; v < kPanel; v += kLanes)
                 store_inputs(to, rounded, first + b.row + row, b.first * kPanel + v,
                              mul(silu(load(c + v)), load(c + kPanel + v)));
+            if (takes_levels(next)) round_panel(first + b.row + row, b.first);
         }
     }
     // After the last block of all rows.
@@ -202,7 +212,17 @@ struct GatedSums {
         share_rows(worker, rows, [&](int64_t row) {
             const float* gate = sums() + row * 2 * size();
             silu_mul_row(gate, gate + size(), size(), to, rounded, row);
+            round_row(next, to, row);
         });
+    }
+
+  private:
+    // A panel's columns are a group of the next product's inputs.
+    void round_panel(int64_t row, int64_t panel) const {
+        static_assert(kPanel == kLevelGroup);
+        const Levels levels = to.levels(row, size());
+        round_group(to.floats(row) + panel * kPanel, next.type == kInt4Dot,
+                    levels.levels + panel * kPanel, levels.factors + 2 * panel);
     }
 };
 
@@ -211,10 +231,10 @@ inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, cons
                       const LoraRows* adapters, int64_t tokens, float* x, float* part) {
     const int64_t hidden = layer.gate_up.in_features;
     const bool rounded = rounds_inputs(layer.down, machine.exact);
-    const Rows mixed{machine.hidden.room(0), row_stride(layer.down.in_features)};
+    const Rows mixed{machine.hidden.room(0), row_stride(layer.down)};
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.mlp_norm, layer.eps,
                             layer.gate_up, machine.normed.room(0));
-    const GatedSums gated{machine, layer.gate_up, mixed, rounded};
+    const GatedSums gated{machine, layer.gate_up, layer.down, mixed, rounded};
     const bool rounded_up = rounds_inputs(layer.gate_up, machine.exact);
     const LoraCall up_lora = lora_of(machine, layer, &LayerLora::gate_up, adapters, tokens);
     const LoraCall down_lora = lora_of(machine, layer, &LayerLora::down, adapters, tokens);
@@ -233,11 +253,12 @@ inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, cons
                     });
 }
 
-// Room for `rows` rows of `size` gated columns in `to`; an odd last input must read as 0.
-inline void make_gated_room(Machine& machine, Buffer& to, int64_t size, int64_t rows) {
+// Room for `rows` rows of inputs of `m` in `to`; an odd last input must read as 0.
+inline void make_gated_room(Machine& machine, Buffer& to, const Matrix& m, int64_t rows) {
+    const int64_t size = m.in_features;
     if (size % kPanel) machine.qkv.room(2 * size * rows * 4);
-    char* data = to.room(row_stride(size) * rows);
-    if (size % 2) std::memset(data, 0, size_t(row_stride(size) * rows));
+    char* data = to.room(row_stride(m) * rows);
+    if (size % 2) std::memset(data, 0, size_t(row_stride(m) * rows));
 }
 
 // Room for all that an attention half keeps between phases; an odd last input must read as 0.
@@ -245,18 +266,18 @@ inline void make_attention_room(Machine& machine, const Layer& layer, int64_t to
                                 const AttentionPlan& plan) {
     const int64_t width = ceil_div(layer.heads().width(), kLanes) * kLanes;
     const int64_t padded = ceil_div(layer.head_dim, kLanes) * kLanes;
-    machine.normed.room(row_stride(layer.qkv.in_features) * tokens);
+    machine.normed.room(row_stride(layer.qkv) * tokens);
     machine.qkv.room(width * tokens * 4);
-    char* mixed = machine.mixed.room(row_stride(layer.o.in_features) * tokens);
+    char* mixed = machine.mixed.room(row_stride(layer.o) * tokens);
     if (layer.o.in_features % 2)
-        std::memset(mixed, 0, size_t(row_stride(layer.o.in_features) * tokens));
+        std::memset(mixed, 0, size_t(row_stride(layer.o) * tokens));
     machine.partials.room(plan.partials * layer.num_q_heads * (2 + padded) * 4);
 }
 
 // And an MLP half.
 inline void make_mlp_room(Machine& machine, const Layer& layer, int64_t tokens) {
-    machine.normed.room(row_stride(layer.gate_up.in_features) * tokens);
-    make_gated_room(machine, machine.hidden, layer.down.in_features, tokens);
+    machine.normed.room(row_stride(layer.gate_up) * tokens);
+    make_gated_room(machine, machine.hidden, layer.down, tokens);
 }
 
 // And the sums of the adapters of each product in turn.
@@ -266,6 +287,6 @@ inline void make_lora_room(Machine& machine, const Layer& layer, int64_t tokens)
         machine.adapted.room(LoraCall::room(layer.lora->*product, tokens));
 }
 
-inline constexpr int kLayerPhases = 20;  // at least the `share` calls of one layer
+inline constexpr int kLayerPhases = 24;  // at least the `share` calls of one layer
 
 }  // namespace arriero

@@ -153,7 +153,7 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
     const Experts& experts = *layer.experts;
     const Matrix &up = experts.opening(), &down = experts.closing();
     const int64_t hidden = layer.gate_up.in_features, held = experts.held;
-    const int64_t size = layer.down.in_features, expert_size = down.in_features;
+    const int64_t expert_size = down.in_features;
     const int64_t width = experts.router.columns(), threads = worker.num_threads;
     const bool exact = machine.exact, paired = expert_size % kPanel == 0;
     const bool rounded_up = round_inputs(experts.gate_up, held, exact);
@@ -162,7 +162,7 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
 
     // Norm: as the shared expert and the router want it, and in float32 for the experts.
     const bool own = tokens <= kOwnRows;
-    const int64_t stride = row_stride(hidden);
+    const int64_t stride = row_stride(layer.gate_up);
     char* room = own ? machine.own[worker.thread].room(2 * stride * tokens)
                      : machine.normed.room(0);
     const Rows exact_rows{room, stride}, rounded_rows{room + stride * tokens, stride};
@@ -174,6 +174,7 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
             store_inputs(exact_rows, false, row, at, v);
             store_inputs(rounded_rows, true, row, at, v);
         });
+        round_row(layer.gate_up, exact_rows, row);
     };
     if (own)
         for (int64_t row = 0; row < tokens; ++row) norm(row);
@@ -182,11 +183,11 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
 
     // Router, and the shared expert's first product.
     float* logits = reinterpret_cast<float*>(machine.logits.room(0));
-    const Rows mixed{machine.hidden.room(0), row_stride(size)};
+    const Rows mixed{machine.hidden.room(0), row_stride(layer.down)};
     const bool rounded = rounds_inputs(layer.down, exact);
     const Product router(experts.router, inputs_of(experts.router),
                          rounds_inputs(experts.router, exact), tokens, false, threads);
-    const GatedSums shared_sums{machine, layer.gate_up, mixed, rounded};
+    const GatedSums shared_sums{machine, layer.gate_up, layer.down, mixed, rounded};
     const Product open(layer.gate_up, inputs_of(layer.gate_up), rounds_inputs(layer.gate_up, exact),
                        tokens, shared_sums.paired(), items_wanted(worker, tokens));
     const int routers = router.items();
@@ -205,13 +206,14 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
     shared_sums.finish(worker, tokens);
 
     // Who goes where, and what the experts are given: the normed row times its score.
-    const Rows scaled{machine.scaled.room(0), stride};
+    const Rows scaled{machine.scaled.room(0), row_stride(up)};
     auto scale = [&](int64_t row) {
         const int64_t pair = routes.pair[row];
         const float* from = exact_rows.floats(pair / experts.top_k);
         const F16 score = set1(routes.score[pair]);
         for (int64_t i = 0; i < hidden; i += kLanes)
             store_inputs(scaled, rounded_up, row, i, mul(load(from + i), score));
+        round_row(up, scaled, row);
     };
     auto choose = [&](int64_t token) { routes.choose(experts, token, logits + token * width); };
     if (!own) share_rows(worker, tokens, choose);
@@ -233,8 +235,8 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
     if (!own) share_rows(worker, routes.starts[held], scale);
 
     // The experts.
-    const Rows gated{machine.gated.room(0), row_stride(expert_size)};
-    const GatedSums sums{machine, up, gated, rounded_down};
+    const Rows gated{machine.gated.room(0), row_stride(down)};
+    const GatedSums sums{machine, up, down, gated, rounded_down};
     Runs(experts.gate_up, held, routes.starts, routes.opening_items, scaled, rounded_up, paired,
          worker.num_threads)
         .share(worker, [&](const Block& b, int64_t first) { sums.put(b, first); });
@@ -265,14 +267,13 @@ inline void moe_block(Machine& machine, Worker& worker, const Layer& layer, int6
 inline void make_moe_room(Machine& machine, const Layer& layer, int64_t tokens) {
     const Experts& experts = *layer.experts;
     const int64_t hidden = layer.gate_up.in_features, pairs = tokens * experts.top_k;
-    const int64_t size = layer.down.in_features, expert_size = experts.closing().in_features;
-    machine.normed.room(2 * row_stride(hidden) * tokens);
+    machine.normed.room(2 * row_stride(layer.gate_up) * tokens);
     machine.logits.room(experts.router.columns() * tokens * 4);
-    machine.scaled.room(row_stride(hidden) * pairs);
+    machine.scaled.room(row_stride(experts.opening()) * pairs);
     machine.shared.room(hidden * tokens * 4);
     machine.routed.room(hidden * pairs * 4);
-    make_gated_room(machine, machine.hidden, size, tokens);
-    make_gated_room(machine, machine.gated, expert_size, pairs);
+    make_gated_room(machine, machine.hidden, layer.down, tokens);
+    make_gated_room(machine, machine.gated, experts.closing(), pairs);
 }
 
 }  // namespace arriero

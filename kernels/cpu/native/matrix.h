@@ -19,7 +19,11 @@
 
 namespace arriero {
 
-enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFp8 = 4, kInt4 = 5 };
+// Of the last two the inputs are rounded to int8, and they have a layout of their own (dot.h).
+enum Type : int32_t {
+    kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFp8 = 4, kInt4 = 5,
+    kInt8Dot = 6, kInt4Dot = 7
+};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,7 +45,7 @@ inline constexpr int kThinRows = 1;
 inline constexpr int64_t vector_bytes(int32_t type) {
     return type == kFloat32                        ? 128
            : type == kBFloat16 || type == kFloat16 ? 64
-           : type == kInt4                         ? 16
+           : type == kInt4 || type == kInt4Dot     ? 16
                                                    : 32;
 }
 
@@ -67,6 +71,7 @@ inline void expand(const void* p, F16& first, F16& second) {
 // (Two int4 elements share the byte of their column: the second is the high nibble.)
 inline constexpr int64_t element_offset(int32_t type, int column, int second) {
     if (type == kInt4) return column;
+    if (type == kInt8Dot || type == kInt4Dot) return column * 4;
     if (type == kBFloat16) return column * 4 + second * 2;
     return (second * kLanes + column) * (vector_bytes(type) / 32);
 }
@@ -126,6 +131,10 @@ struct Matrix {
     int64_t scale_bytes() const { return kPanel * element_size(scale_type); }
     const char* panel(int64_t i) const { return data + i * panel_bytes(); }
     int64_t element(int64_t out, int64_t in) const {
+        if (type == kInt8Dot || type == kInt4Dot) {
+            const int64_t byte = type == kInt4Dot ? in / 2 : in;
+            return out / kPanel * panel_bytes() + byte / 4 * 4 * kPanel + out % kPanel * 4 + byte % 4;
+        }
         return out / kPanel * panel_bytes() +
                (in / 2 * 2 + out % kPanel / kLanes) * vector_bytes(type) +
                element_offset(type, int(out % kLanes), int(in % 2));

@@ -19,7 +19,9 @@ struct Source {
 
     int64_t size() const { return type == kFloat32 ? 4 : type == kBFloat16 || type == kFloat16 ? 2 : 1; }
     // Elements of a row of `m`.
-    int64_t columns(const Matrix& m) const { return type == kInt4 ? m.pairs() : m.in_features; }
+    int64_t columns(const Matrix& m) const { return pairs() ? m.pairs() : m.in_features; }
+    // Whether a byte holds both inputs of a pair.
+    bool pairs() const { return type == kInt4 || type == kInt4Dot; }
     const char* at(int64_t row, int64_t column) const {
         return data + (row * row_stride + column * column_stride) * size();
     }
@@ -29,7 +31,7 @@ struct Source {
 template <int kBytes>
 void copy_elements(const Matrix& m, char* panel, int column, const Source& from, int64_t first,
                    int64_t last) {
-    const bool pairs = m.type == kInt4;  // a byte holds both inputs of a pair
+    const bool pairs = from.pairs();
     const int64_t step = element_offset(m.type, 1, 0), stride = from.row_stride * kBytes;
     for (int64_t i = first; i < last; ++i) {
         char* to = panel + m.element(column, pairs ? 2 * i : i);
@@ -88,6 +90,8 @@ inline void store_dwords(char* to, __m512i dwords, int k) {
                                                3, 1, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8,
                                                6, 4, 2, 0);
         _mm512_storeu_si512(to + k * step, _mm512_permutexvar_epi16(apart, dwords));
+    } else if constexpr (type == kInt8Dot) {
+        _mm512_storeu_si512(to + k * 4 * kPanel, dwords);
     } else {  // four bytes of each row: the first of all rows, then the second, ...
         const __m512i in_lane = _mm512_broadcast_i32x4(
             _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
@@ -121,7 +125,7 @@ int64_t copy_blocks(const Matrix& m, char* panel, int column, const Source& from
     for (; i + block <= last; i += block) {
         __m512i dwords[16];
         transpose_dwords(from.at(0, i), stride, dwords);
-        char* to = panel + m.element(column, type == kInt4 ? 2 * i : i);
+        char* to = panel + m.element(column, from.pairs() ? 2 * i : i);
 #pragma GCC unroll 16
         for (int k = 0; k < 16; ++k) store_dwords<type>(to, dwords[k], k);
     }
@@ -152,6 +156,10 @@ inline int64_t copy_fast(const Matrix& m, char* panel, int column, const Source&
             case kBFloat16: return copy_blocks<kBFloat16>(m, panel, column, from, first, last);
             case kFloat16: return copy_blocks<kFloat16>(m, panel, column, from, first, last);
             case kInt4: return copy_blocks<kInt4>(m, panel, column, from, first, last);
+            case kInt8Dot:
+            case kInt4Dot:  // bytes all the same
+                return first % 4 ? first
+                                 : copy_blocks<kInt8Dot>(m, panel, column, from, first, last);
             default: return copy_blocks<kInt8>(m, panel, column, from, first, last);
         }
     }

@@ -9,47 +9,13 @@
 #include <utility>
 
 #include "buffer.h"
+#include "dot.h"
 #include "narrow.h"
 #include "pairs.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace arriero {
-
-// Rows of inputs for products: float32, or bf16 where the matrix's kernels want it. Strides leave
-// room for an odd last input, which is 0.
-struct Rows {
-    char* data;
-    int64_t stride;  // bytes
-
-    float* floats(int64_t row) const { return reinterpret_cast<float*>(data + row * stride); }
-    bf16* halves(int64_t row) const { return reinterpret_cast<bf16*>(data + row * stride); }
-};
-
-// Whether inputs of this matrix are rounded to bf16: its weights are then multiplied as bf16 too.
-inline bool rounds_inputs([[maybe_unused]] const Matrix& m, [[maybe_unused]] bool exact) {
-#if defined(ARRIERO_BF16)
-    const bool fits = m.type == kBFloat16 || m.type == kInt8 || m.type == kFp8 ||
-                      (m.type == kInt4 && (m.zero == nullptr || m.whole));
-    return fits && !exact;
-#else
-    return false;
-#endif
-}
-
-// Bytes between rows of `features` inputs: whole cache lines, and never a multiple of 4096, so
-// that the rows of a tile do not all fall into one set of the cache.
-inline int64_t row_stride(int64_t features) {
-    int64_t bytes = (features * 4 + 64 + 63) / 64 * 64;
-    return bytes % 4096 == 0 ? bytes + 64 : bytes;
-}
-
-// Store 16 inputs (or n < 16) at a multiple of 16, in the form the product wants.
-inline void store_inputs(const Rows& rows, bool rounded, int64_t row, int64_t at, F16 value) {
-    if (rounded)
-        store_bf16(rows.halves(row) + at, value);
-    else
-        store(rows.floats(row) + at, value);
-}
 
 inline constexpr int kRowBlock = 96;  // rows of a block: its inputs stay in the second cache
 
@@ -159,7 +125,7 @@ inline constexpr int kBlockStride = 2 * kPanel;
 inline const float* group_sums([[maybe_unused]] const Matrix& m, [[maybe_unused]] const Rows& a,
                                [[maybe_unused]] int64_t row, [[maybe_unused]] int rows) {
 #if defined(ARRIERO_AVX2)
-    if (m.group == 0) return nullptr;
+    if (m.group == 0 || takes_levels(m)) return nullptr;
     static thread_local Buffer room;
     const int64_t groups = m.groups();
     float* sums = reinterpret_cast<float*>(room.room(rows * groups * 4));
@@ -241,6 +207,27 @@ inline void multiply_panel(const Matrix& m, [[maybe_unused]] bool rounded, int64
 #endif
 }
 
+// A panel of a matrix that takes levels, by a block of rows.
+inline void multiply_levels(const Matrix& m, const Rows& a, const Block& block, int64_t panel,
+                            const char* ahead, float* c) {
+    const int64_t scales = panel * m.groups() * m.scale_bytes();
+    Dot d{};
+    d.row = reinterpret_cast<const char*>(a.levels(block.row, m.in_features).levels);
+    d.row_stride = a.stride;
+    d.features = m.in_features;
+    d.panel = m.panel(panel);
+    d.scale = m.group ? m.scale + scales : nullptr;
+    d.zero = m.zero ? m.zero + scales : nullptr;
+    d.scale_type = m.scale_type;
+    d.scale_bytes = m.scale_bytes();
+    d.scale_inputs = m.group ? m.group : m.in_features;
+    d.groups = m.in_features / kLevelGroup;
+    d.c = c;
+    d.c_stride = kBlockStride;
+    d.ahead = ahead;
+    dot_panel(m.type, block.rows, d);
+}
+
 // c = f(c, a number of the column) for a block's sums.
 template <class F>
 inline void with_columns(const Block& block, const float* numbers, F&& f) {
@@ -271,17 +258,21 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
     t.sums = sums;
     t.sums_stride = m.groups();
     t.stream = &stream;
-    if (block.rows <= kThinRows && block.second >= 0) {
+    if (!takes_levels(m) && block.rows <= kThinRows && block.second >= 0) {
         multiply_thin(m, rounded, block, fetch, t);
     } else {
         const int halves = block.second < 0 ? 1 : 2;
         for (int half = 0; half < halves; ++half) {
             const int64_t panel = half ? block.second : block.first;
-            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
+            const char* next = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
+            const char* ahead = next ? next : m.panel(panel);
+            if (takes_levels(m)) {
+                multiply_levels(m, a, block, panel, ahead, t.c + half * kPanel);
+                continue;
+            }
             Tile own = t;
             own.c += half * kPanel;
-            multiply_panel(m, rounded, panel, block.rows, ahead ? ahead : m.panel(panel),
-                           halves - half, own);
+            multiply_panel(m, rounded, panel, block.rows, ahead, halves - half, own);
         }
     }
     if (m.group == 0 && m.scale != nullptr) with_columns(block, m.column_scales(), mul);
