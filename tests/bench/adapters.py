@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,28 +93,28 @@ def run_once(bench: EngineBench, cell: Cell, adapters: Sequence[str] = ()) -> Tu
 def measure(
     model: Path, files: tuple[AdapterFile, ...], cell: Cell, settings: dict[str, Any], rounds: int
 ) -> list[dict[str, Any]]:
-    """Rounds of both engines in turns: medians of speeds and ratios."""
+    """Rounds of both engines in turns: medians of speeds and ratios.
+
+    The engines are built twice, in both orders: where an engine's memory lies is luck, and moves
+    its speed by some percent.
+    """
     turns: dict[str, list[Turn]] = {"base": [], **{name: [] for name in TARGETS}}
     plain = GroupConfig(model_path=str(model), num_blocks=cell.blocks() + 64, **settings)
-    with_adapters = GroupConfig(
-        model_path=str(model), num_blocks=cell.blocks() + 64, adapters=files, **settings
-    )
-    with EngineBench(plain) as base, EngineBench(with_adapters) as beside:
-        mixed = [beside.adapters[i % len(files)] for i in range(cell.requests)]
-        runs: dict[str, Callable[[], Turn]] = dict(
-            zip(
-                turns,
-                (
-                    lambda: run_once(base, cell),
-                    lambda: run_once(beside, cell, mixed),
-                    lambda: run_once(beside, cell),
-                ),
-                strict=True,
-            )
-        )
-        for number in range(rounds):
-            for name in sorted(runs, reverse=bool(number % 2)):
-                turns[name].append(runs[name]())
+    with_adapters = replace(plain, adapters=files)
+    for order in ((plain, with_adapters), (with_adapters, plain)):
+        with EngineBench(order[0]) as first, EngineBench(order[1]) as second:
+            base, beside = (first, second) if order[0] is plain else (second, first)
+            mixed = [beside.adapters[i % len(files)] for i in range(cell.requests)]
+            runs: list[tuple[EngineBench, Sequence[str]]] = [
+                (base, ()),
+                (beside, mixed),
+                (beside, ()),
+            ]
+            numbered = list(zip(turns, runs, strict=True))
+            for number in range(rounds):
+                for name, (bench, adapters) in numbered if number % 2 else numbered[::-1]:
+                    turns[name].append(run_once(bench, cell, adapters))
+                print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return [_row(name, turns["base"], turns[name]) for name in TARGETS]
 
 
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--output", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4, help="for each order of building")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", help="of the base model: int8, int4 or fp8")
