@@ -43,7 +43,7 @@ class DeviceLoads:
         new: dict[int, npt.NDArray[np.int64]] = {}
         if self._copy is not None:
             layers, host_LE, copied = self._copy
-            if not copied.query():
+            if not copied.query():  # type: ignore[no-untyped-call]
                 return {}
             new = self._new(layers, host_LE)
         counts_LE = torch.stack(list(self._counts.values()))
