@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-def num_mask_words(vocab_size: int) -> int:
-    """Number of 32-bit words of a mask with a bit for each token."""
-    return -(-vocab_size // 32)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRows:
     """Sampling parameters of R rows, a tensor for each field, on the device of the logits.

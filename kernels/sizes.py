@@ -135,3 +135,8 @@ def embedding_lora_nbytes(
     """
     table = num_slots * num_rows * max_rank * element_bytes
     return table + lora_bank_nbytes(num_slots, max_rank, max_rank, outs, element_bytes)
+
+
+def num_mask_words(vocab_size: int) -> int:
+    """Number of 32-bit words of a mask with a bit for each token."""
+    return -(-vocab_size // 32)

@@ -22,7 +22,8 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.packed_weights import Linear, Vocab
-from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
+from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sizes import num_mask_words
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from arriero.kernels.sampling_rows import num_mask_words
+from arriero.kernels.sizes import num_mask_words
 from arriero.shards.errors import CheckpointError
 from arriero.shards.protocol.step_plan import Int32
 

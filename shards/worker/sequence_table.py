@@ -22,7 +22,8 @@ from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.lora import NO_ADAPTER, AdapterRows
-from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
+from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sizes import num_mask_words
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots

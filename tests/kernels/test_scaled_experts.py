@@ -152,6 +152,6 @@ def test_an_absent_or_wrong_kernel_is_not_used(
 
     monkeypatch.setattr(torch, "_scaled_grouped_mm", faulty)
     x = randn(3, HIDDEN, seed=4)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="arriero"):
         assert not fast._scales_in_experts(x, layer(fast, ROUNDING).experts_gate_up)
     assert "torch._scaled_grouped_mm" in caplog.text

@@ -86,7 +86,7 @@ def test_an_absent_or_wrong_kernel_is_not_used(
 
     monkeypatch.setattr(torch, "_scaled_mm", faulty)
     rounding = InputTransform(num_inputs=96, bound=math.inf)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="arriero"):
         linear = fast.pack_transformed([quantize_fp8(randn(32, 96, seed=1))], None, rounding)
     assert "torch._scaled_mm" in caplog.text
     assert not fast._scales_in_product(randn(3, 96, seed=4), linear)

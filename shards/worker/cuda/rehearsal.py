@@ -13,7 +13,8 @@ import torch
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.ops import Ops
-from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
+from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sizes import num_mask_words
 from arriero.shards.worker.rope_table import Rope
 
 _GROWTH = 8

@@ -664,13 +664,13 @@ def test_speeds_are_estimated_for_gpus_alone(capsys: pytest.CaptureFixture[str])
             "llama-3.1-405b --dtype fp8-shipped",
             "llama-3.1-405b, fp8-shipped, on 1 x 8 h100-80g of 84.93 GB\n"
             "TP8 works, 1 group of 8: a group's weights take 487.41 GB, the fullest rank's "
-            "60.93 GB\nKV cache of a group: 282,272 tokens, 34 sequences of 8,192 at once\n",
+            "60.93 GB\nKV cache of a group: 281,760 tokens, 34 sequences of 8,192 at once\n",
         ),
         # smaller forms are ranked, but the weights as published are what is planned
         ("llama-3.1-8b --gpu rtx4090-24g --gpus-per-node 1", "llama-3.1-8b, bfloat16, on 1 x 1"),
         ("llama-3.1-405b", "llama-3.1-405b, fp8-shipped, on 1 x 8"),
         ("llama-3.1-405b --tp 8", "TP8 does not fit; the reason is below the tables\n"),
-        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.87 GB: its weights take 101.48 of 84.93 GB"),
+        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.90 GB: its weights take 101.48 of 84.93 GB"),
     ],
 )
 def test_what_a_newcomer_reads(

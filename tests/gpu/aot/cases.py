@@ -23,7 +23,8 @@ from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.packed_weights import Vocab
-from arriero.kernels.sampling_rows import SamplingRows, num_mask_words
+from arriero.kernels.sampling_rows import SamplingRows
+from arriero.kernels.sizes import num_mask_words
 from arriero.kernels.symmetric_memory import PROGRAMS, SymmetricMemory
 from arriero.kernels.triton import (
     embedding,

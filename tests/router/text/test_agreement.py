@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.kernels.sampling_rows import num_mask_words
+from arriero.kernels.sizes import num_mask_words
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import read_sampling
 from arriero.router.text.constraints import GrammarCheck

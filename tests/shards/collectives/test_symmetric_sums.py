@@ -98,7 +98,7 @@ def decided(monkeypatch: pytest.MonkeyPatch, group: tuple[Rank, ...]) -> list[ob
 def test_ranks_of_a_machine_use_symmetric_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="arriero")
     assert all(isinstance(sums, Sums) for sums in decided(monkeypatch, USUAL))
     assert caplog.messages == ["sums of 2 tensor-parallel ranks: symmetric memory"]
 
@@ -124,7 +124,7 @@ def test_a_reason_of_one_rank_holds_for_all(
     group: tuple[Rank, ...],
     why: str,
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="arriero")
     assert decided(monkeypatch, group) == [None] * len(group)
     assert caplog.messages == [f"sums of {len(group)} tensor-parallel ranks: NCCL ({why})"]
 
@@ -132,7 +132,7 @@ def test_a_reason_of_one_rank_holds_for_all(
 def test_the_switch_turns_it_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="arriero")
     monkeypatch.setenv(symmetric_sums.SWITCH, "0")
     assert decided(monkeypatch, USUAL) == [None, None]
     assert "NCCL (rank 0: ARRIERO_SYMMETRIC_MEMORY=0)" in caplog.messages[0]
