@@ -194,7 +194,8 @@ async def serve_and_run(hinted: bool, args: argparse.Namespace) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", default=model, required=not model)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model computes")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--turns-without", type=int, default=10, help="turns without hints")

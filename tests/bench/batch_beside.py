@@ -134,7 +134,8 @@ def show(figures: dict[str, float | bool]) -> dict[str, float | bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", default=model, required=not model)
     parser.add_argument("--requests", type=int, default=150, help="most requests of a run")
     parser.add_argument("--minutes", type=float, default=7.0, help="most minutes of all runs")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second")

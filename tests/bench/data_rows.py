@@ -180,7 +180,8 @@ def compare(deployed: TinyDeployment, args: argparse.Namespace) -> tuple[list[Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", type=Path, default=model, required=not model)
     parser.add_argument("--rows", type=int, default=10_000, help="of the last, long run")
     parser.add_argument(
         "--compared-rows", type=int, default=1_000, help="of each run that compares processors"

@@ -186,7 +186,8 @@ async def compare(args: argparse.Namespace, folder: Path) -> list[Figures]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", type=Path, default=model, required=not model)
     parser.add_argument("--guard", type=Path, help="checkpoint of a guard")
     parser.add_argument("--requests", type=int, default=10, help="of a policy in a round")
     parser.add_argument("--tokens", type=int, default=96, help="output tokens of a request")

@@ -164,7 +164,8 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", default=model, required=not model)
     parser.add_argument("--sessions", type=int, default=40)
     parser.add_argument("--sessions-per-s", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, default=1500)

@@ -76,7 +76,8 @@ def measure(dtype: RowType | None, prompts: list[list[int]], args: argparse.Name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
+    model = os.environ.get("ARRIERO_TEST_MODEL")
+    parser.add_argument("--model", default=model, required=not model)
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
