@@ -2,10 +2,11 @@
 
     ARRIERO_TEST_MODEL=… python tests/bench/batch_beside.py [--requests 150] [--minutes 7] [--json]
 
-Interactive requests arrive at random times, the same in each run; runs without and with a batch
-take turns, and the batch keeps 64 requests in the queue. Prints a JSON line for each run, and at
-the end the ratio of the 99th percentiles of the first-token times over all runs. The bar: at most
-1.15. Without `--rate`, requests come at a quarter of the rate that the group answers one after
+Interactive requests arrive at random times, with the same lengths at the same times in each run,
+and with other tokens, so that no run reads the prefix cache of another. Runs without and with a
+batch take turns, and the batch keeps 64 requests in the queue. Prints a JSON line for each run, and
+at the end the ratio of the 99th percentiles of the first-token times over all runs. The bar: at
+most 1.15. Without `--rate`, requests come at a quarter of the rate that the group answers one after
 another; a run has `--requests` of them, or fewer where all runs would take longer than `--minutes`.
 The group is busy while it runs steps; `idle_time_used` is the share of the time idle without a
 batch that the batch makes busy. Engine, link, gateway and admission are the product's. With
@@ -68,11 +69,19 @@ class BusyTime:
         return has_work
 
 
-async def ask_once(client: AsyncClient, rng: random.Random) -> tuple[float, int]:
-    """Seconds to the first token, and number of tokens."""
-    prompt = [rng.randint(100, 40_000) for _ in range(rng.randint(*PROMPT))]
+async def ask_once(
+    client: AsyncClient, lengths: random.Random, tokens: random.Random
+) -> tuple[float, int]:
+    """Seconds to the first token, and number of tokens, of a request with a prompt of its own.
+
+    Args:
+        client: of the gateway.
+        lengths: draws the lengths of prompt and answer.
+        tokens: draws the tokens of the prompt.
+    """
+    prompt = [tokens.randint(100, 40_000) for _ in range(lengths.randint(*PROMPT))]
     started_s, first_s, num_tokens = time.monotonic(), 0.0, 0
-    answers = client.generate(prompt, max_tokens=rng.randint(*OUTPUT), ignore_eos=True)
+    answers = client.generate(prompt, max_tokens=lengths.randint(*OUTPUT), ignore_eos=True)
     async for answer in answers:
         for output in answer.outputs:
             if output.token_ids and not num_tokens:
@@ -81,12 +90,13 @@ async def ask_once(client: AsyncClient, rng: random.Random) -> tuple[float, int]
     return first_s, num_tokens
 
 
-async def interactive(client: AsyncClient, rate: float, count: int, run: Run) -> None:
+async def interactive(client: AsyncClient, rate: float, count: int, run: Run, tag: str) -> None:
     rng = random.Random(5)
 
     async def later(wait_s: float, seed: int) -> None:
         await asyncio.sleep(wait_s)
-        first_s, _ = await ask_once(client, random.Random(seed))
+        tokens = random.Random(f"{tag} {seed}")
+        first_s, _ = await ask_once(client, random.Random(seed), tokens)
         run.first_token_s.append(first_s)
 
     at_s = 0.0
@@ -96,11 +106,11 @@ async def interactive(client: AsyncClient, rate: float, count: int, run: Run) ->
             tasks.create_task(later(at_s, number))
 
 
-async def batch(client: AsyncClient, run: Run) -> None:
+async def batch(client: AsyncClient, run: Run, tag: str) -> None:
     async def keep_asking(seed: int) -> None:
-        rng = random.Random(10_000 + seed)
+        rng = random.Random(f"{tag} batch {seed}")
         while True:
-            _, num_tokens = await ask_once(client, rng)
+            _, num_tokens = await ask_once(client, rng, rng)
             run.batch_tokens += num_tokens
 
     async with asyncio.TaskGroup() as tasks:
@@ -108,12 +118,14 @@ async def batch(client: AsyncClient, run: Run) -> None:
             tasks.create_task(keep_asking(seed))
 
 
-async def measured(address: str, rate: float, count: int, busy: BusyTime, *, beside: bool) -> Run:
+async def measured(
+    address: str, rate: float, count: int, busy: BusyTime, tag: str, *, beside: bool
+) -> Run:
     run = Run()
     started_s, busy_before_s = time.monotonic(), busy.seconds
     async with AsyncClient(address) as client, AsyncClient(address, background=True) as behind:
-        asking = asyncio.create_task(batch(behind, run)) if beside else None
-        await interactive(client, rate, count, run)
+        asking = asyncio.create_task(batch(behind, run, tag)) if beside else None
+        await interactive(client, rate, count, run, tag)
         run.elapsed_s = time.monotonic() - started_s
         run.busy_s = busy.seconds - busy_before_s
         if asking is not None:
@@ -181,14 +193,15 @@ async def compare(args: argparse.Namespace) -> tuple[list[dict[str, float | bool
         rng = random.Random(3)
         started_s = time.monotonic()
         for _ in range(5):
-            await ask_once(front.client, rng)
+            await ask_once(front.client, rng, rng)
         rate = args.rate or 5 / (time.monotonic() - started_s) / 4
         count = min(args.requests, max(1, int(rate * 60 * args.minutes / (2 * args.rounds))))
         runs: dict[bool, list[Run]] = {False: [], True: []}
         lines = []
-        for _ in range(args.rounds):
+        for number in range(args.rounds):
             for beside in (False, True):
-                run = await measured(address, rate, count, busy, beside=beside)
+                tag = f"round {number} {beside}"
+                run = await measured(address, rate, count, busy, tag, beside=beside)
                 runs[beside].append(run)
                 lines.append(show(of_run(run, rate, beside=beside)))
     lines.append(show(of_all(runs)))

