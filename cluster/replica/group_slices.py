@@ -20,6 +20,7 @@ from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.nodes import node_address
 from arriero.cluster.replica.group_settings import GroupSettings
 from arriero.cluster.replica.slice_actor import SliceActor, SliceLocation
+from arriero.kernels.cpu.topology import Place
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CollectiveFailed
 from arriero.shards.protocol.failure import Evidence, Kind
@@ -92,8 +93,13 @@ class GroupSlices:
 
     def run(self, executor: RemoteExecutor) -> None:
         """Start each slice's run; reports the end of a run to the executor as evidence."""
+        num_slices = Counter(location.node_id for location in self.locations)
+        placed: Counter[str] = Counter()
         for rank, actor in enumerate(self.actors):
-            run = actor.run.remote(rank, executor.endpoint, self.locations[rank].address)
+            location = self.locations[rank]
+            place = Place(placed[location.node_id], num_slices[location.node_id])
+            placed[location.node_id] += 1
+            run = actor.run.remote(rank, executor.endpoint, location.address, place)
             self._runs.append(asyncio.create_task(self._watch(rank, run, executor)))
 
     async def _watch(self, rank: int, run: Any, executor: RemoteExecutor) -> None:  # noqa: ANN401

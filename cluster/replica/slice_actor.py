@@ -15,6 +15,8 @@ import ray
 
 from arriero.cluster.hosts.log_level import set_log_level
 from arriero.cluster.hosts.nodes import node_address
+from arriero.kernels.cpu import topology
+from arriero.kernels.cpu.topology import Place
 
 if TYPE_CHECKING:
     from arriero.shards.protocol.rendezvous import LeaderEndpoint
@@ -28,7 +30,7 @@ class SliceLocation:
         node_id: Ray's id of the node.
         address: of the node.
         pid: process of the slice.
-        cores: CPU cores of the node.
+        cores: CPU cores of the node; hyperthreads count once.
     """
 
     node_id: str
@@ -53,7 +55,7 @@ class SliceActor:
             node_id=context.get_node_id(),
             address=node_address(),
             pid=os.getpid(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=len(topology.cores()),
         )
 
     def set_log_level(self, level: str, log_format: str) -> None:
@@ -89,16 +91,19 @@ class SliceActor:
         self._import.join()
         return free_bytes()
 
-    def run(self, rank: int, endpoint: LeaderEndpoint, address: str) -> None:
+    def run(self, rank: int, endpoint: LeaderEndpoint, address: str, place: Place) -> None:
         """Serve as a rank of the endpoint's group; returns after the stop message.
 
         Args:
             rank: rank in the group.
             endpoint: of the group's executor.
             address: of this node, for the sockets between ranks.
+            place: of this slice among the group's slices on the node.
         """
         from arriero.shards.worker.loop import run_slice
 
+        if endpoint.config.device == "cpu":
+            topology.stay_near(place, endpoint.config.threads or 1)
         self._import.join()
         run_slice(rank, endpoint, host=address)  # Ray ends this process with the leader's
 

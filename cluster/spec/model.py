@@ -295,7 +295,8 @@ class ModelSpec(SpecSection):
         kernels: backend of the operations; None takes the fastest for the device.
         batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost
             in speed; on CPUs answers always are.
-        threads: CPU threads of a slice; None divides the cores of a node among the node's slices.
+        threads: CPU threads of a slice; None divides the cores of a node among the node's slices;
+            hyperthreads count as one core.
         cpus_per_slice: Ray's logical CPUs of a slice; None takes 1, or an equal part of the machine
             on the local cluster that `arriero up` starts.
     """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from arriero.kernels.cpu import topology
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import SCALE_BYTES
 from arriero.shards.errors import SpecError
@@ -86,7 +87,7 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     tier_limits(config, model)  # reports an invalid tier before anything is placed
     threads = config.threads
     if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
+        threads = max(1, len(topology.cores()) // config.world_size)
     return replace(
         config,
         num_blocks=num_blocks,

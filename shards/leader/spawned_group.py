@@ -10,6 +10,8 @@ import os
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
+from arriero.kernels.cpu import topology
+from arriero.kernels.cpu.topology import Place
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.leader.remote_executor import RemoteExecutor
 from arriero.shards.leader.visible_gpus import device_of
@@ -64,6 +66,9 @@ def _run_child(rank: int, endpoint: LeaderEndpoint) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(endpoint.config.threads or 1))
     if endpoint.config.device == "cuda":  # a GPU for each rank: NCCL refuses two ranks on one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)
+    else:
+        place = Place(rank, endpoint.config.world_size)
+        topology.stay_near(place, endpoint.config.threads or 1)
     leader = multiprocessing.parent_process()
     assert leader is not None, "a slice is a child process"
     try:
