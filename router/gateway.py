@@ -1,8 +1,7 @@
 """The gateway: a gRPC server and an HTTP server for clients.
 
-An early end of a call (by the client, a deadline, a stop string or an error) closes the call's
-iterator, and thereby cancels the request in the engine. Knows servers and their life; knows nothing
-of the work of a call, which is in `Inference`.
+Knows servers and their life; knows nothing of the methods of gRPC, which are in `InferenceService`,
+or of the work of a call, which is in `Inference`.
 """
 
 from __future__ import annotations
@@ -11,23 +10,19 @@ import asyncio
 import secrets
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import grpc
 import grpc.aio
 from fastapi import FastAPI
-from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from arriero.router import vllm_engine
 from arriero.router.batches.spool import Spool
 from arriero.router.batches.worker import BatchWorker
-from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.gateway_config import GatewayConfig
-from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
+from arriero.router.grpc_service import SERVICE, InferenceService
 from arriero.router.guards.guards import Guards
 from arriero.router.guards.injections import ScoreTexts
 from arriero.router.http.app import create_app, create_local_app
@@ -47,8 +42,6 @@ from arriero.router.observability.observer import RequestObserver
 from arriero.router.observability.otlp_metrics import OtlpMetrics
 from arriero.router.observability.request_log import RequestLog
 from arriero.router.observability.tracing import Tracing
-from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import parse
 from arriero.router.routing.choose import room
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
 from arriero.router.tenants.admission_controller import AdmissionController
@@ -57,9 +50,6 @@ from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 
 __all__ = ["Gateway", "GatewayConfig", "GroupAddress"]
-
-
-SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
 class Gateway:
@@ -128,7 +118,8 @@ class Gateway:
             self._groups, observer, admission, lost_s=config.lost_s, wake_s=config.wake_s
         )
         self._guards = self.inference.protection = Guards(self.inference, config.guard, score_texts)
-        self._services = {SERVICE: self._handlers()}
+        self._service = InferenceService(self.inference, self._guards, config.max_calls)
+        self._services = {SERVICE: self._service.handlers()}
         self._kv_publisher: ZmqPublisher | None = None
         if kv_events is not None and engine is not None:
             worker = engine(self.inference, kv_events, config.vllm_engine or "")
@@ -240,6 +231,7 @@ class Gateway:
             await self._batch_worker.stop()  # another gateway goes on with the batches at once
         if self._kv_events is not None:
             self._kv_events.close()  # subscribers would stay for all of the grace
+        self._service.drain()  # so would streams that carry many calls
         await asyncio.gather(
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
@@ -339,62 +331,3 @@ class Gateway:
         )
         for name in ("", *self._services):
             await self._health.set(name, status)
-
-    # The handlers parse the bytes of a request, so a malformed request gets an error text.
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        streams = {"Generate": self._generate, "Chat": self._chat, "Resume": self._resume}
-        unaries = {
-            "Tokenize": self._tokenize,
-            "Detokenize": self._detokenize,
-            "ListModels": self._list_models,
-            "GetModel": self._get_model,
-        }
-        of_callers = {name: unary(method) for name, method in unaries.items()}
-        of_callers["Moderate"] = self._moderate
-        guarded = partial(guard, self._admission)
-        return {
-            name: grpc.unary_stream_rpc_method_handler(guarded(method))
-            for name, method in streams.items()
-        } | {
-            name: grpc.unary_unary_rpc_method_handler(guarded(method))
-            for name, method in of_callers.items()
-        }
-
-    async def _generate(self, call: GrpcCall, raw: bytes) -> None:
-        request = parse(pb.GenerateRequest, raw)
-        await call.name(request.request_id)
-        notes = RequestNotes()
-        stream = await self.inference.generate(request, call.caller(), notes)
-        call.add_notes(notes)
-        await call.write(stream)
-
-    async def _chat(self, call: GrpcCall, raw: bytes) -> None:
-        request = parse(pb.ChatRequest, raw)
-        await call.name(request.request_id)
-        notes = RequestNotes()
-        stream = await self.inference.chat(request, call.caller(), notes)
-        call.add_notes(notes)
-        await call.write(stream)
-
-    async def _resume(self, call: GrpcCall, raw: bytes) -> None:
-        request = parse(pb.ResumeRequest, raw)
-        await call.name(request.request_id)
-        await call.write(self.inference.resume(request, call.caller()))
-
-    async def _moderate(self, call: GrpcCall, raw: bytes) -> bytes:
-        request = parse(pb.ModerateRequest, raw)
-        await call.name(request.request_id)
-        return (await self._guards.moderate(request, call.caller())).SerializeToString()
-
-    async def _tokenize(self, raw: bytes) -> Message:
-        return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))
-
-    async def _detokenize(self, raw: bytes) -> Message:
-        return await self.inference.detokenize(parse(pb.DetokenizeRequest, raw))
-
-    async def _list_models(self, raw: bytes) -> Message:
-        parse(pb.ListModelsRequest, raw)
-        return pb.ListModelsResponse(models=self.inference.models())
-
-    async def _get_model(self, raw: bytes) -> Message:
-        return self.inference.model(parse(pb.GetModelRequest, raw).model)

@@ -1,4 +1,4 @@
-"""Keepalive settings of all our gRPC servers and clients.
+"""Settings of all our gRPC servers and clients: keepalive, and the calls of a shared stream.
 
 A long prompt can take minutes to its first token; load balancers and clients would treat a silent
 connection as dead. So clients send pings, and servers accept pings.
@@ -11,6 +11,11 @@ PING_S = 20.0
 LEAST_PING_S = 0.5
 """Least seconds between pings of the other side; faster pings end its connection. Clients commonly
 use 10 s to 60 s."""
+
+MAX_STREAM_CALLS = 1024
+"""Most calls at once on a stream of `GenerateMany`."""
+MAX_TIMEOUT_S = 31 * 86400.0
+"""Longest deadline of a call on such a stream, in seconds."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),

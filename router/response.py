@@ -41,8 +41,12 @@ class TextDelta:
     def to_wire(self) -> pb.GenerateResponse:
         """The protobuf message."""
         message = pb.GenerateResponse()
-        message.outputs.add(index=self.index, token_ids=self.token_ids, text=self.text)
+        self.add_to(message)
         return message
+
+    def add_to(self, message: pb.GenerateResponse) -> None:
+        """Put the delta into an empty message."""
+        message.outputs.add(index=self.index, token_ids=self.token_ids, text=self.text)
 
 
 Message = pb.GenerateResponse | TextDelta

@@ -6,7 +6,9 @@ Knows error classes and statuses; knows nothing of calls and of the texts of err
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 
@@ -76,6 +78,10 @@ STATUSES: dict[type[ArrieroError], ErrorStatus] = {
 """By class; an error of no class here shows as `Unavailable`."""
 CLASSES = {status.grpc: kind for kind, status in STATUSES.items()}
 """The error class of each gRPC status code."""
+NUMBERS: Mapping[grpc.StatusCode, int] = {
+    code: cast(tuple[int, str], code.value)[0] for code in grpc.StatusCode
+}
+"""The number of each gRPC status code."""
 
 
 def status_of(error: ArrieroError) -> ErrorStatus:

@@ -3,8 +3,12 @@
 A leader's link with a paced policy in the engine's place, a gateway, and the clients are a process
 each. CPU is the gateway process's own, user and system, over streams of one token a message. The
 time to the first token is a lone request's, less that of the same request over the link directly.
+Beside them "bare" is a server that does nothing but write: the least that `grpc.aio` takes for as
+many streams. The kinds take turns, so that noise falls on all of them.
 
-Usage: gateway.py [--streams 64] [--tokens 200] [--step-ms 40] [--profile FILE] [--json]
+"many" are the same gRPC requests on one shared stream, whose messages hold a token of each request.
+
+Usage: gateway.py [--streams 64] [--tokens 200] [--step-ms 40] [--rounds 1] [--json]
 """
 
 from __future__ import annotations
@@ -16,17 +20,23 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import psutil
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.link.client import LinkClient
 from arriero.router.link.server import LinkServer
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, make_card, make_tokenizer
@@ -74,6 +84,49 @@ def gateway(pipe: Connection, link: str, profile: str | None) -> None:
     profiler.dump_stats(profile)
 
 
+def bare(pipe: Connection, step_s: float, tokens: int) -> None:
+    """A server whose streams all write a message of one token in each step."""
+
+    async def run() -> None:
+        loop, waiting = asyncio.get_running_loop(), set[asyncio.Future[None]]()
+
+        async def write(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            for position in range(tokens):
+                step = loop.create_future()
+                waiting.add(step)
+                await step
+                message = pb.GenerateResponse()
+                message.outputs.add(index=0, token_ids=(40 + position % 60,), text="a")
+                await context.write(message.SerializeToString())
+
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        methods = {"Write": grpc.unary_stream_rpc_method_handler(write)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
+        pipe.send(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        while not pipe.poll():
+            await asyncio.sleep(step_s)
+            steps = list(waiting)
+            waiting.clear()
+            for step in steps:
+                step.set_result(None)
+        await server.stop(1)
+
+    uvloop.run(run())
+
+
+async def bare_stream(port: int, streams: int) -> None:
+    """All streams of the bare server."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method = channel.unary_stream("/bare/Write")
+
+        async def read() -> None:
+            async for _ in method(b""):
+                pass
+
+        await asyncio.gather(*(read() for _ in range(streams)))
+
+
 async def grpc_stream(client: AsyncClient, tokens: int) -> float:
     """Seconds to the first token."""
     begun, first_s, count = time.perf_counter(), 0.0, 0
@@ -115,29 +168,36 @@ async def link_stream(link: LinkClient, tokens: int, name: str) -> float:
     return first_s
 
 
-async def measure(args: argparse.Namespace, link: str, ports: tuple[int, int], pid: int) -> dict:
-    process = psutil.Process(pid)
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
-    def cpu_s() -> float:
-        times = process.cpu_times()
-        return times.user + times.system
+
+async def measure(
+    args: argparse.Namespace, link: str, ports: tuple[int, int, int], pids: tuple[int, int]
+) -> dict:
+    """The figures; ports of the gateway's gRPC and HTTP and of the bare server, pids of both."""
 
     figures: dict[str, float] = {}
     direct = LinkClient(link)
     await direct.connect(5)
-    async with AsyncClient(f"127.0.0.1:{ports[0]}") as client:
+    address = f"127.0.0.1:{ports[0]}"
+    async with AsyncClient(address) as client, AsyncClient(address, multiplexed=True) as shared:
 
         async def through_grpc(tokens: int) -> float:
             return await grpc_stream(client, tokens)
 
+        async def through_many(tokens: int) -> float:
+            return await grpc_stream(shared, tokens)
+
         async def through_http(tokens: int) -> float:
             return await http_stream(ports[1], tokens)
 
-        kinds = {"grpc": through_grpc, "http": through_http}
+        kinds = {"grpc": through_grpc, "many": through_many, "http": through_http}
         for run in kinds.values():
             await run(20)
         if not args.profile:
-            firsts: dict[str, list[float]] = {"grpc": [], "http": [], "link": []}
+            firsts: dict[str, list[float]] = {kind: [] for kind in (*kinds, "link")}
             for number in range(args.lone):  # in turn, so that noise falls on all of them
                 firsts["link"].append(await link_stream(direct, 2, f"direct-{number}"))
                 for kind, run in kinds.items():
@@ -145,15 +205,20 @@ async def measure(args: argparse.Namespace, link: str, ports: tuple[int, int], p
             for kind in kinds:
                 added_s = statistics.median(firsts[kind]) - statistics.median(firsts["link"])
                 figures[f"{kind}_ttft_added_ms_p50"] = round(added_s * 1e3, 3)
-        for kind, run in kinds.items():
-            if args.only not in (None, kind):
+        used_us: dict[str, list[float]] = {}
+        for kind in [*kinds, "bare"] * args.rounds:
+            if args.only not in (None, kind) and kind != "bare":
                 continue
-            before = cpu_s()
-            await asyncio.gather(*(run(args.tokens) for _ in range(args.streams)))
-            used_s = cpu_s() - before
-            figures[f"{kind}_cpu_us_per_token"] = round(
-                used_s / (args.streams * args.tokens) * 1e6, 1
-            )
+            pid = pids[kind == "bare"]
+            before_s = cpu_s(pid)
+            if kind == "bare":
+                await bare_stream(ports[2], args.streams)
+            else:
+                await asyncio.gather(*(kinds[kind](args.tokens) for _ in range(args.streams)))
+            used_s = cpu_s(pid) - before_s
+            used_us.setdefault(kind, []).append(used_s / (args.streams * args.tokens) * 1e6)
+        for kind, values in used_us.items():
+            figures[f"{kind}_cpu_us_per_token"] = round(statistics.median(values), 1)
     await direct.close()
     return figures
 
@@ -164,28 +229,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=40.0)
     parser.add_argument("--lone", type=int, default=100, help="lone requests of each kind")
-    parser.add_argument("--only", choices=("grpc", "http"))
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of all kinds of streams")
+    parser.add_argument("--only", choices=("grpc", "many", "http"))
     parser.add_argument("--profile", help="write a cProfile of the gateway; figures are then off")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    leader_pipe, leader_end = spawn.Pipe()
-    gateway_pipe, gateway_end = spawn.Pipe()
-    processes = [spawn.Process(target=leader, args=(leader_end, args.step_ms / 1e3), daemon=True)]
-    processes[0].start()
-    link = leader_pipe.recv()
-    processes.append(
-        spawn.Process(target=gateway, args=(gateway_end, link, args.profile), daemon=True)
-    )
-    processes[1].start()
-    ports = gateway_pipe.recv()
+    pipes: list[Connection] = []
+    processes: list[multiprocessing.process.BaseProcess] = []
+
+    def start(target: Callable[..., None], *arguments: object) -> Any:  # noqa: ANN401
+        """Start a process; gives the first object that it sends."""
+        ours, theirs = spawn.Pipe()
+        pipes.append(ours)
+        processes.append(spawn.Process(target=target, args=(theirs, *arguments), daemon=True))
+        processes[-1].start()
+        return ours.recv()
+
+    step_s = args.step_ms / 1e3
+    link = start(leader, step_s)
+    ports = (*start(gateway, link, args.profile), start(bare, step_s, args.tokens))
     try:
-        pid = processes[1].pid
-        assert pid is not None
-        figures = asyncio.run(measure(args, link, ports, pid))
+        pids = processes[1].pid, processes[2].pid
+        assert pids[0] is not None and pids[1] is not None
+        figures = asyncio.run(measure(args, link, ports, pids))
     finally:
-        gateway_pipe.send("stop")
-        leader_pipe.send("stop")
+        for pipe in reversed(pipes):
+            pipe.send("stop")
         for process in processes:
             process.join(10)
     if args.json:

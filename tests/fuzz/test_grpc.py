@@ -22,9 +22,11 @@ METHODS = {
     "Detokenize": pb.DetokenizeRequest,
     "ListModels": pb.ListModelsRequest,
     "GetModel": pb.GetModelRequest,
+    "GenerateMany": pb.ManyRequest,
 }
 STREAMS = {"Generate", "Chat"}
 STATED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 WORDS = [
     "",
     "tiny",
@@ -73,7 +75,10 @@ def _set(rng: random.Random, message: Message, field: Field, depth: int) -> None
     target: Any = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         for _ in range(rng.randint(0, 3)):
-            target[rng.randint(0, VOCAB)] = rng.uniform(-200, 200)
+            if field.message_type.fields_by_name["key"].type == Field.TYPE_STRING:
+                target[rng.choice(["traceparent", text(rng)])] = text(rng)
+            else:
+                target[rng.randint(0, VOCAB)] = rng.uniform(-200, 200)
     elif field.is_repeated:
         for _ in range(rng.choice([0, 1, 2, 3, 20])):
             if field.message_type is not None:
@@ -120,6 +125,53 @@ def payload(rng: random.Random, method: str) -> bytes:
     return bytes(raw)
 
 
+def many(rng: random.Random) -> list[bytes]:
+    """Requests of a shared stream; most are likely to run, ids may repeat."""
+    requests = []
+    for number in range(1, rng.randint(2, 6)):
+        kind = rng.random()
+        if kind < 0.2:
+            requests.append(payload(rng, "GenerateMany"))
+            continue
+        request = pb.ManyRequest(id=number if kind < 0.9 else rng.choice([0, 1, 2, 2**64 - 1]))
+        part, method = rng.choice([("generate", "Generate"), ("chat", "Chat")])
+        raw = payload(rng, method)
+        tag = pb.ManyRequest.DESCRIPTOR.fields_by_name[part].number << 3 | 2
+        requests.append(request.SerializeToString() + bytes((tag,)) + _varint(len(raw)) + raw)
+    return requests
+
+
+def _varint(value: int) -> bytes:
+    head = b""
+    while value > 0x7F:
+        head += bytes((value & 0x7F | 0x80,))
+        value >>= 7
+    return head + bytes((value,))
+
+
+def call_many(
+    rng: random.Random, channel: grpc.Channel, findings: Findings, timeout_s: float, *, stays: bool
+) -> None:
+    """Run a shared stream, and note the status of each call."""
+    requests = many(rng)
+    sent = [raw.hex() for raw in requests]
+    path = "/arriero.v1.Inference/GenerateMany"
+    stream = channel.stream_stream(path)(iter(requests), timeout=timeout_s)
+    for raw in stream:
+        for answer in pb.ManyReply.FromString(raw).answers:
+            if answer.HasField("status"):
+                see(findings, CODES[answer.status.code], sent, answer.status.message)
+        if not stays:
+            stream.cancel()
+            findings.see("left", "", "", stated=True)
+            return
+
+
+def see(findings: Findings, code: str, sent: object, details: str) -> None:
+    stated = code in STATED or (code == "UNAVAILABLE" and "`resumed`" in details)
+    findings.see(code, sent, details, stated=stated)
+
+
 def call(rng: random.Random, channel: grpc.Channel, findings: Findings) -> None:
     method = rng.choice([*METHODS, "Generate", "Chat", "Chat"])
     path = f"/arriero.v1.Inference/{method}"
@@ -127,7 +179,9 @@ def call(rng: random.Random, channel: grpc.Channel, findings: Findings) -> None:
     timeout_s = rng.choice([60, 60, 60, 0.01])
     stays = rng.random() < 0.8
     try:
-        if method in STREAMS:
+        if method == "GenerateMany":
+            call_many(rng, channel, findings, timeout_s, stays=stays)
+        elif method in STREAMS:
             stream = channel.unary_stream(path)(raw, timeout=timeout_s)
             for _ in stream:
                 if not stays:
@@ -139,8 +193,7 @@ def call(rng: random.Random, channel: grpc.Channel, findings: Findings) -> None:
         code, details = "OK", ""
     except grpc.RpcError as error:
         code, details = error.code().name, error.details() or ""
-    stated = code in STATED or (code == "UNAVAILABLE" and "`resumed`" in details)
-    findings.see(code, (method, raw.hex()), details, stated=stated)
+    see(findings, code, (method, raw.hex()), details)
 
 
 @pytest.mark.timeout(0)

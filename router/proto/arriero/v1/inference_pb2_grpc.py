@@ -74,6 +74,11 @@ class InferenceStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.Model.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/arriero.v1.Inference/GenerateMany',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyReply.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -138,6 +143,16 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request_iterator, context):
+        """Many calls of Generate and Chat on one stream: a message holds the answers that are ready at the
+        moment, usually a step's answers to all calls. Checks, limits and errors of a call are those of
+        Generate and Chat; an error ends its own call alone. Where messages are limited, a message may
+        be as large as those of its calls together.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +195,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.Model.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +418,33 @@ class Inference:
             '/arriero.v1.Inference/GetModel',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/arriero.v1.Inference/GenerateMany',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ManyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -77,6 +77,12 @@ class InferenceStub:
     """Judge texts and images with a guard model."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
     """Facts about a model; NOT_FOUND when no connected group serves the model."""
+    GenerateMany: _grpc.StreamStreamMultiCallable[_inference_pb2.ManyRequest, _inference_pb2.ManyReply]
+    """Many calls of Generate and Chat on one stream: a message holds the answers that are ready at the
+    moment, usually a step's answers to all calls. Checks, limits and errors of a call are those of
+    Generate and Chat; an error ends its own call alone. Where messages are limited, a message may
+    be as large as those of its calls together.
+    """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -102,6 +108,12 @@ class InferenceAsyncStub(InferenceStub):
     """Judge texts and images with a guard model."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
     """Facts about a model; NOT_FOUND when no connected group serves the model."""
+    GenerateMany: _aio.StreamStreamMultiCallable[_inference_pb2.ManyRequest, _inference_pb2.ManyReply]  # type: ignore[assignment]
+    """Many calls of Generate and Chat on one stream: a message holds the answers that are ready at the
+    moment, usually a step's answers to all calls. Checks, limits and errors of a call are those of
+    Generate and Chat; an error ends its own call alone. Where messages are limited, a message may
+    be as large as those of its calls together.
+    """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -172,5 +184,17 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.Model, _abc.Awaitable[_inference_pb2.Model]]:
         """Facts about a model; NOT_FOUND when no connected group serves the model."""
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.ManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.ManyReply], _abc.AsyncIterator[_inference_pb2.ManyReply]]:
+        """Many calls of Generate and Chat on one stream: a message holds the answers that are ready at the
+        moment, usually a step's answers to all calls. Checks, limits and errors of a call are those of
+        Generate and Chat; an error ends its own call alone. Where messages are limited, a message may
+        be as large as those of its calls together.
+        """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
