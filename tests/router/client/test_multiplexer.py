@@ -151,28 +151,28 @@ async def test_streams_go_on_at_another_gateway(card: ModelCard) -> None:
             ) as client:
                 asking = [
                     asyncio.create_task(
-                        collect(client.generate([60] * number, max_tokens=150, seed=number, n=2))
+                        collect(client.generate([60] * number, max_tokens=80, seed=number, n=2))
                     )
-                    for number in range(1, 17)
+                    for number in range(1, 9)
                 ]
                 if stop:
                     before = len(stack.engine.submitted)
                     await eventually_async(
-                        lambda: len(stack.engine.submitted) - before >= 16 and stack.engine.steps
+                        lambda: len(stack.engine.submitted) - before >= 8 and stack.engine.steps
                     )
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.1)
                     await stack.gateway.stop(0)
                 return await asyncio.gather(*asking)
 
         try:
             undisturbed = await ask_all(stop=False)
             resumed = await ask_all(stop=True)
-            assert len(stack.engine.submitted) > 32
+            assert len(stack.engine.submitted) > 16
         finally:
             await other.stop(0)
     assert [a.tokens for a in resumed] == [a.tokens for a in undisturbed]
     assert [a.text for a in resumed] == [a.text for a in undisturbed]
-    assert all(answer.num_tokens == 300 for answer in resumed)
+    assert all(answer.num_tokens == 160 for answer in resumed)
 
 
 async def test_closing_ends_the_calls(running: Stack) -> None:
@@ -193,7 +193,7 @@ async def test_unsafe_output_is_cut(llama_tokenizer: Tokenizer) -> None:
     ):
         question = [{"role": "user", "content": "A story."}]
         answers = await asyncio.gather(
-            *(collect(client.chat(question, model="tiny", n=2)) for _ in range(4))
+            *(collect(client.chat(question, model="tiny", n=2)) for _ in range(2))
         )
         for answer in answers:
             for index in range(2):
