@@ -162,11 +162,11 @@ class ManyCall(ClientCall):
             async for message in messages:
                 while self._reply is outbox.reply:  # the client reads slowly
                     await outbox.taken()
-                self._reply, self._answer = outbox.reply, outbox.add(self._id)
+                self._reply, self._answer = outbox.reply, (answer := outbox.add(self._id))
                 if isinstance(message, TextDelta):
-                    message.add_to(self._answer.response)
+                    message.add_to(answer.response)
                 else:
-                    self._answer.response.CopyFrom(message)
+                    answer.response.CopyFrom(message)
 
     def finish(self, status: Status) -> None:
         """Send the status of the call."""

@@ -70,8 +70,7 @@ def gateway(pipe: Connection, link: str, profile: str | None) -> None:
         while not one.ready:
             await asyncio.sleep(0.01)
         pipe.send((port, one.http_port))
-        while not pipe.poll():
-            await asyncio.sleep(0.05)
+        await asyncio.to_thread(pipe.recv)  # looks at the pipe would count as the gateway's work
         await one.stop(1)
 
     if profile is None:
@@ -104,7 +103,8 @@ def bare(pipe: Connection, step_s: float, tokens: int) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
         pipe.send(server.add_insecure_port("127.0.0.1:0"))
         await server.start()
-        while not pipe.poll():
+        stop = asyncio.create_task(asyncio.to_thread(pipe.recv))
+        while not stop.done():
             await asyncio.sleep(step_s)
             steps = list(waiting)
             waiting.clear()

@@ -282,7 +282,7 @@ async def test_a_slow_reader_holds_an_answer_a_call(card: ModelCard) -> None:
 
 async def test_refusals_wait_for_a_reader(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that sends bad requests and reads nothing fills no memory."""
-    monkeypatch.setattr(grpc_many, "MAX_STREAM_CALLS", 50)
+    monkeypatch.setattr(grpc_many, "MAX_STREAM_CALLS", 20)
     flows = asyncio.Event()
     flows.set()
     bad = pb.ManyRequest(id=1, timeout_s=-1.0, generate=pb.GenerateRequest(text="x"))
@@ -293,7 +293,7 @@ async def test_refusals_wait_for_a_reader(card: ModelCard, monkeypatch: pytest.M
     ):
 
         async def flood() -> None:
-            for _ in range(1500):
+            for _ in range(800):
                 await stream.send(bad)
 
         await stream.send(bad)
@@ -301,12 +301,12 @@ async def test_refusals_wait_for_a_reader(card: ModelCard, monkeypatch: pytest.M
         (server,) = stack.gateway._service._many._streams
         flows.clear()
         sending = asyncio.create_task(flood())
-        await eventually_async(lambda: len(server.outbox.reply.answers) == 50, 30)
+        await eventually_async(lambda: len(server.outbox.reply.answers) == 20, 30)
         await asyncio.sleep(0.1)
-        assert len(server.outbox.reply.answers) == 50
+        assert len(server.outbox.reply.answers) == 20
         flows.set()
         await sending
-        await eventually_async(lambda: len(stream.statuses[1]) == 1501, 30)
+        await eventually_async(lambda: len(stream.statuses[1]) == 801, 30)
 
 
 async def test_draining_finishes_what_runs(card: ModelCard) -> None:
