@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from arriero.cluster.spec.adapters import AdapterSpec, check_room, slots_of
+from arriero.cluster.spec.autoscale import AutoscaleSpec
 from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seconds, SpecSection
 from arriero.cluster.spec.label_selector import label_selector
-from arriero.cluster.spec.scale_limits import ScaleLimits
 from arriero.cluster.spec.speculation import SpeculationSpec
 from arriero.shards.config.adapters import AdapterFile
 from arriero.shards.config.group import GroupConfig
@@ -215,46 +215,6 @@ class PlacementSpec(SpecSection):
     stages: Literal["pack", "spread"] = "pack"
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     labels: dict[str, Annotated[str, AfterValidator(label_selector)]] = Field(default_factory=dict)
-
-
-class AutoscaleSpec(SpecSection):
-    """The number of groups follows the load; see `arriero.cluster.control.autoscale`.
-
-    Attributes:
-        min: smallest number of groups; with 0 an idle model stops, and the next request waits for
-            a start.
-        max: largest number of groups.
-        target: share of a group's `max_sequences` that should be in use.
-        wait_s: longest time in seconds that a request should wait in the queue.
-        up_s: seconds of high load before groups are added.
-        down_s: seconds of low load before groups are removed.
-    """
-
-    min: Annotated[int, Field(ge=0)] = 1
-    max: Count
-    target: Annotated[float, Field(gt=0, le=1)] = 0.6
-    wait_s: Seconds = 2
-    up_s: Seconds = 5
-    down_s: Seconds = 300
-
-    @model_validator(mode="after")
-    def _order(self) -> AutoscaleSpec:
-        if self.min > self.max:
-            raise ValueError(
-                f"`min`={self.min} is more than `max`={self.max}; lower `min` or raise `max`"
-            )
-        return self
-
-    def limits(self) -> ScaleLimits:
-        """Limits of the autoscaler."""
-        return ScaleLimits(
-            least=self.min,
-            most=self.max,
-            target=self.target,
-            wait_s=self.wait_s,
-            up_s=self.up_s,
-            down_s=self.down_s,
-        )
 
 
 class ModelSpec(SpecSection):

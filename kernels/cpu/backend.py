@@ -17,15 +17,13 @@ from torch import Tensor
 
 from arriero.kernels import input_transform, quantize
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.cpu import lora, sampling, weights
+from arriero.kernels.cpu import attention, lora, sampling, weights
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
 from arriero.kernels.cpu.packed_file import CpuPackedFile
 from arriero.kernels.cpu.structs import (
     add_experts,
-    add_head_norms,
-    bare_layer_struct,
     batch_struct,
     cache_of,
     can_fuse,
@@ -35,7 +33,6 @@ from arriero.kernels.cpu.structs import (
     float_vector,
     layer_struct,
     linear_of,
-    mask_struct,
     mlp_struct,
     packed_of,
     vocab_of,
@@ -252,26 +249,7 @@ class CpuOps(Ops):
         self, qkv_TE: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
     ) -> Tensor:
         """See `Ops.rope_write_kv`; works on a copy of `qkv_TE`."""
-        check_cache(layer, kv)
-        width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
-        qkv_TE = float_rows("rope_write_kv", qkv_TE, width).clone(
-            memory_format=torch.contiguous_format
-        )
-        c_batch = batch_struct(batch, qkv_TE.shape[0], layer.head_dim)
-        c_layer = bare_layer_struct(layer)
-        _references = add_head_norms(c_layer, layer)
-        self.call(
-            "rope_write",
-            qkv_TE.data_ptr(),
-            width,
-            ctypes.addressof(c_layer),
-            cache_of(kv).address,
-            kv_layer,
-            ctypes.addressof(c_batch),
-        )
-        num_q = layer.num_q_heads * layer.head_dim
-        q_TND: Tensor = qkv_TE[:, :num_q].view(-1, layer.num_q_heads, layer.head_dim)
-        return q_TND
+        return attention.rope_write_kv(self, qkv_TE, layer, kv, kv_layer, batch)
 
     def paged_attention(
         self,
@@ -283,29 +261,7 @@ class CpuOps(Ops):
         mask: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """See `Ops.paged_attention`."""
-        num_tokens, num_heads, head_dim = q_TND.shape
-        spec = kv.spec
-        if head_dim != spec.head_dim or num_heads % spec.num_kv_heads:
-            raise ValueError(
-                f"queries of {num_heads} heads of {head_dim} do not fit a cache of "
-                f"{spec.num_kv_heads} heads of {spec.head_dim}"
-            )
-        q_TE = float_rows("paged_attention", q_TND.flatten(1), num_heads * head_dim)
-        out_TE = torch.empty(num_tokens, num_heads * head_dim)
-        c_batch, c_mask = batch_struct(batch, num_tokens, head_dim), mask_struct(mask)
-        self.call(
-            "paged_attention",
-            q_TE.data_ptr(),
-            q_TE.stride(0),
-            num_heads,
-            scale,
-            ctypes.addressof(c_mask),
-            cache_of(kv).address,
-            kv_layer,
-            ctypes.addressof(c_batch),
-            out_TE.data_ptr(),
-        )
-        return out_TE
+        return attention.paged_attention(self, q_TND, scale, kv, kv_layer, batch, mask)
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """See `Ops.grouped_linear`; all experts have the same shape and type."""
@@ -345,7 +301,7 @@ class CpuOps(Ops):
         return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """See `Ops.sample`. Penalties, bans and top tokens are those of the reference."""
+        """See `Ops.sample`. Biases and penalties are those of the reference."""
         return sampling.sample(self, logits_RV, rows)
 
     # Blocks.
