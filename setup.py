@@ -14,6 +14,7 @@ _HEADERS = [
     "simd.h",
     "buffer.h",
     "dot.h",
+    "exponentials.h",
     "levels.h",
     "matrix.h",
     "narrow.h",
@@ -32,6 +33,9 @@ _HEADERS = [
     "lora_tiles.h",
     "lora.h",
     "pack.h",
+    "peaks.h",
+    "likelihood.h",
+    "race.h",
     "sampling.h",
     "api.inc",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 12
+_ABI = 13
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -232,7 +232,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cache_copy": (_P, _I64, _P, _I64, _P, _I32),
     "argmax": (_P, _P, _I64, _I64, _I64, _P),
     "sample": (_P, _P, _I64, _I64, _I64, _P, _P),
-    "log_totals": (_P, _P, _I64, _I64, _I64, _P),
+    "log_totals": (_P, _P, _I64, _I64, _I64, _P, _I64, _P),
     "read": (_P, _P, _I64, _P),
     "multiply": (_P, _I64, _I32, _P),
 }

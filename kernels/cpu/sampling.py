@@ -1,4 +1,4 @@
-"""Draws of tokens in C++, masks included; biases, penalties and top tokens are the reference's.
+"""Draws of tokens and log-probabilities in C++; biases and penalties are the reference's.
 
 Knows logits and parameters of rows; knows nothing of models.
 """
@@ -37,6 +37,15 @@ def sample(ops: CpuOps, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R)
     log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
-    raw_arguments = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
-    ops.call("log_totals", *raw_arguments, log_total_R.data_ptr())
-    return reference.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
+    num_top = min(rows.num_logprobs, raw_RV.shape[1])
+    top_RN = torch.empty(raw_RV.shape[0], num_top, dtype=torch.int32)
+    ops.call(
+        "log_totals",
+        raw_RV.data_ptr(),
+        raw_RV.stride(0),
+        *raw_RV.shape,
+        log_total_R.data_ptr(),
+        num_top,
+        top_RN.data_ptr(),
+    )
+    return reference.with_logprobs(raw_RV, tokens_R.long(), num_top, log_total_R, top_RN.long())

@@ -153,7 +153,11 @@ def log_totals(raw_RV: Tensor) -> Tensor:
 
 
 def with_logprobs(
-    raw_RV: Tensor, tokens_R: Tensor, num_top: int, log_total_R: Tensor | None = None
+    raw_RV: Tensor,
+    tokens_R: Tensor,
+    num_top: int,
+    log_total_R: Tensor | None = None,
+    top_RN: Tensor | None = None,
 ) -> Sampled:
     """Log-probabilities by the raw logits: x - max - log(sum of weights).
 
@@ -162,6 +166,7 @@ def with_logprobs(
         tokens_R: the drawn tokens.
         num_top: number of alternatives.
         log_total_R: `log_totals(raw_RV)`, if the backend computes the totals faster.
+        top_RN: `top_tokens(raw_RV, num_top)`, likewise.
     """
     if log_total_R is None:
         log_total_R = log_totals(raw_RV)
@@ -175,7 +180,8 @@ def with_logprobs(
     tokens_R = tokens_R.int()
     if num_top == 0:
         return Sampled(tokens_R=tokens_R, logprobs_R=chosen_R)
-    top_RN = _top_tokens(raw_RV, num_top)
+    if top_RN is None:
+        top_RN = top_tokens(raw_RV, num_top)
     return Sampled(
         tokens_R=tokens_R,
         logprobs_R=chosen_R,
@@ -184,7 +190,7 @@ def with_logprobs(
     )
 
 
-def _top_tokens(x_RV: Tensor, num_top: int) -> Tensor:
+def top_tokens(x_RV: Tensor, num_top: int) -> Tensor:
     """Ids by falling logit, ties by rising id: int64 [R, N].
 
     `topk` does not define ties, so each logit becomes an integer of the same order, with the id in

@@ -13,6 +13,7 @@
 
 #include "attention_plan.h"
 #include "attention_tiles.h"
+#include "exponentials.h"
 #include "product.h"
 
 namespace arriero {
@@ -44,10 +45,16 @@ struct AttentionScratch {
     }
 
     // A decode reads its cache from memory, once: ask for the keys of the next tile, and for the
-    // values that the weighted sum will want after this one's scores.
+    // values and the scales that the weighted sum will want after this one's scores.
+    template <bool kScales>
     void fetch(int group, int taken, int count, const Cache& kv) const {
-        for (int g = group; g < group + taken; ++g)
+        for (int g = group; g < group + taken; ++g) {
             for (int64_t i = 0; i < kv.value_bytes(); i += 64) prefetch(values[g] + i);
+            if constexpr (kScales) {
+                prefetch(reinterpret_cast<const char*>(key_scales[g]));
+                prefetch(reinterpret_cast<const char*>(value_scales[g]));
+            }
+        }
         for (int g = group + taken; g < std::min(group + 2 * taken, count); ++g)
             for (int64_t i = 0; i < kv.key_bytes(); i += 64) prefetch(keys[g] + i);
     }
@@ -213,7 +220,7 @@ class Attending {
         for (int g = 0, taken; g < count_; g += taken) {
             taken = tile_vectors(rows_, count_ - g);
             for (int i = 0; i < taken; ++i) t.w[i] = scratch_.keys[g + i];
-            if (piece_.tokens == 1) scratch_.fetch(g, taken, count_, kv_);
+            if (piece_.tokens == 1) scratch_.fetch<type == kInt8>(g, taken, count_, kv_);
             each_tile([&](int row, int n) {
                 t.a = reinterpret_cast<const char*>(scratch_.q.data() + int64_t(row) * q_width_);
                 t.c = scratch_.scores.data() + row * width_ + int64_t(g) * kLanes;

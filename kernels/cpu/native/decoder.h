@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention.h"
+#include "exponentials.h"
 #include "lora.h"
 
 namespace arriero {

@@ -72,6 +72,8 @@ inline F16 div(F16 a, F16 b) { return _mm512_div_ps(a, b); }
 inline F16 max(F16 a, F16 b) { return _mm512_max_ps(a, b); }
 inline F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 inline F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+// A bit for each lane where a >= b, the lowest for the first.
+inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline F16 round_even(F16 a) { return _mm512_roundscale_ps(a, 8); }
 // p * 2**n for whole n, p near 1; from kLowestPower down it is 0.
 inline constexpr float kLowestPower = -152.0f;
@@ -99,18 +101,18 @@ inline void expand_int8(const void* p, F16& first, F16& second) {
 inline F16 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// E4M3 without its NaNs (packing refuses them): sign, then exponent and mantissa moved under the
-// float's exponent, whose bias is 120 larger.
-inline F16 fp8_to_float(__m512i byte) {
-    __m512i sign = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x80)), 24);
-    __m512i rest = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x7f)), 20);
-    F16 tiny = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
-    return _mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f));
+// E4M3 without its NaNs (packing refuses them): the sign stays, and exponent and mantissa take their
+// places in a half, whose bias is 8 larger. (In a float they could be denormal, and slow.)
+inline F16 fp8_to_float(const char* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const __m256i halves = _mm256_and_si256(words, _mm256_set1_epi16(int16_t(0xbfff)));
+    return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(0x1p8f));
 }
 inline void expand_fp8(const void* p, F16& first, F16& second) {
-    const __m128i* q = static_cast<const __m128i*>(p);
-    first = fp8_to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q)));
-    second = fp8_to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q + 1)));
+    const char* q = static_cast<const char*>(p);
+    first = fp8_to_float(q);
+    second = fp8_to_float(q + 16);
 }
 // Sixteen bytes: low nibbles are the first of each pair, high nibbles the second; 0 .. 15.
 inline void expand_int4(const void* p, F16& first, F16& second) {
@@ -154,6 +156,10 @@ inline F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.
 inline F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F16 fma(F16 x, F16 y, F16 z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline uint32_t at_least(F16 x, F16 y) {
+    const __m256 a = _mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), b = _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ);
+    return uint32_t(_mm256_movemask_ps(a)) | uint32_t(_mm256_movemask_ps(b)) << 8;
 }
 inline F16 round_even(F16 x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
 inline constexpr float kLowestPower = -127.0f;
@@ -206,12 +212,11 @@ inline F16 load_f16(const uint16_t* p) {
     const char* q = reinterpret_cast<const char*>(p);
     return {f16_to_8_floats(q), f16_to_8_floats(q + 16)};
 }
+// E4M3 as above.
 inline __m256 fp8_to_float(const char* p) {
-    __m256i byte = _mm256_cvtepu8_epi32(load_8x8(p));
-    __m256i sign = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x80)), 24);
-    __m256i rest = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x7f)), 20);
-    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, rest)),
-                         _mm256_set1_ps(0x1p120f));
+    const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(load_8x8(p)), 7);
+    const __m128i halves = _mm_and_si128(words, _mm_set1_epi16(int16_t(0xbfff)));
+    return _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(0x1p8f));
 }
 inline void expand_fp8(const void* p, F16& first, F16& second) {
     const char* q = static_cast<const char*>(p);
@@ -249,6 +254,11 @@ inline F16 div(F16 a, F16 b) { return a / b; }
 inline F16 max(F16 a, F16 b) { return a > b ? a : b; }
 inline F16 min(F16 a, F16 b) { return a < b ? a : b; }
 inline F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
+inline uint32_t at_least(F16 a, F16 b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
+    return bits;
+}
 inline F16 round_even(F16 a) {
     const F16 magic = set1(12582912.0f);  // 1.5 * 2**23: the sum has no fraction bits left
     return (a + magic) - magic;
@@ -323,6 +333,15 @@ inline uint16_t float_to_f16(float value) {
     return uint16_t(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) - 0x38000000u) >> 13);
 }
 
+// E4M3, to nearest even; beyond 448 to 448. A NaN becomes 448 too: the kernels read no NaN.
+inline uint8_t float_to_fp8(float value) {
+    const uint32_t bits = float_to_bits(value), sign = bits >> 24 & 0x80u, rest = bits & 0x7fffffffu;
+    if (rest >= 0x43e00000u) return uint8_t(sign | 0x7eu);
+    if (rest < 0x3c800000u)  // below the normals: add so that the unit of the sum is 2**-9
+        return uint8_t(sign | (float_to_bits(bits_to_float(rest) + 0x1p14f) - 0x46800000u));
+    return uint8_t(sign | (rest + 0x7ffffu + (rest >> 20 & 1u) - 0x3c000000u) >> 20);
+}
+
 #if !defined(ARRIERO_AVX512)
 inline F16 load_n(const float* p, int n) {
     if (n == kLanes) return load(p);
@@ -366,40 +385,5 @@ inline float reduce_max(F16 a) {
         for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
     return v[0];
 }
-
-// 2**x for x <= 128: exact at 0, 0 from the lowest power down (so at -infinity), 2 units in the
-// last place between; NaN stays. Polynomial of Cephes' exp2f (Moshier 1989).
-inline F16 exp2(F16 x) {
-    x = max(set1(kLowestPower), x);  // of a NaN and a number, max gives its second operand
-    const F16 n = round_even(x), r = sub(x, n);
-    F16 p = set1(1.535336188319500e-4f);
-    p = fma(p, r, set1(1.339887440266574e-3f));
-    p = fma(p, r, set1(9.618437357674640e-3f));
-    p = fma(p, r, set1(5.550332471162809e-2f));
-    p = fma(p, r, set1(2.402264791363012e-1f));
-    p = fma(p, r, set1(6.931472028550421e-1f));
-    p = fma(p, r, set1(1.0f));
-    return scale_by_power(p, n);
-}
-
-// e**x, likewise; infinity above 88.4. Argument reduction by ln 2 in two parts and the polynomial
-// of Cephes' expf.
-inline F16 exp(F16 x) {
-    // min and max hand on their second operand when one is NaN.
-    const F16 y = max(set1(kLowestPower * 0.693147f), min(set1(89.0f), x));
-    const F16 n = round_even(mul(y, set1(1.44269504088896341f)));
-    F16 r = fma(n, set1(-0.693359375f), y);
-    r = fma(n, set1(2.12194440e-4f), r);
-    F16 p = set1(1.9875691500e-4f);
-    p = fma(p, r, set1(1.3981999507e-3f));
-    p = fma(p, r, set1(8.3334519073e-3f));
-    p = fma(p, r, set1(4.1665795894e-2f));
-    p = fma(p, r, set1(1.6666665459e-1f));
-    p = fma(p, r, set1(5.0000001201e-1f));
-    p = fma(p, mul(r, r), add(r, set1(1.0f)));
-    return scale_by_power(p, n);
-}
-
-inline F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
 }  // namespace arriero
