@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.library import Cache, Library
-from arriero.kernels.cpu.weights import INT8, TYPES, large_zeros
+from arriero.kernels.cpu.weights import FP8, INT8, TYPES, large_zeros
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 
 _LANES = 16
-_KV_TYPES = TYPES | {torch.int8: INT8}
+_KV_TYPES = TYPES | {torch.int8: INT8, torch.float8_e4m3fn: FP8}
 _MAX_HEAD_DIM = 1024
 
 

@@ -25,7 +25,7 @@ class GroupConfig(ParallelConfig):
             `arriero weights push`.
         dtype: type of weights and KV cache: "float32", "bfloat16", "float16".
         kv_dtype: type of the KV cache: "int8" (with a float32 scale for each head and token), or
-            "fp8" (e4m3 without scales; backends "triton" and "reference"); None means `dtype`.
+            "fp8" (e4m3 without scales); None means `dtype`.
         quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
             32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
             Activations, cache and norms have `dtype` in any case, but for `activation_dtype`.

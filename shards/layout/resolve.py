@@ -130,8 +130,6 @@ def _check_backend(config: GroupConfig, model: AnyModel) -> None:
             "`batch_independent`=True needs `kernels`=cpu or triton; the reference keeps it to "
             "rounding only"
         )
-    if config.kv_dtype == "fp8" and config.kernels in (None, "cpu") and config.device == "cpu":
-        raise SpecError("`kv_dtype`=fp8 has no CPU kernels; use int8, or `kernels`=reference")
     if config.kv_dtype is not None and config.tiers.dtype is not None:
         raise SpecError(
             f"`tier_dtype`={config.tiers.dtype} packs blocks of the model's dtype, but "

@@ -331,6 +331,7 @@ inline void attention(Worker& worker, const AttentionPlan& plan, const Attention
             case kFloat32: Attending<kFloat32, false>(call, piece, head, scratch).run(); break;
             case kFloat16: Attending<kFloat16, false>(call, piece, head, scratch).run(); break;
             case kInt8: Attending<kInt8, false>(call, piece, head, scratch).run(); break;
+            case kFp8: Attending<kFp8, false>(call, piece, head, scratch).run(); break;
             default:
 #if defined(ARRIERO_BF16)
                 if (!call.exact) {

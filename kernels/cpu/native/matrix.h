@@ -81,6 +81,10 @@ inline void store_element(int32_t type, char* p, float value) {
         std::memcpy(p, &value, 4);
         return;
     }
+    if (type == kFp8) {
+        *p = char(float_to_fp8(value));
+        return;
+    }
     uint16_t half = type == kBFloat16 ? float_to_bf16(value) : float_to_f16(value);
     std::memcpy(p, &half, 2);
 }

@@ -325,7 +325,8 @@ def test_smollm2_allocates_what_was_planned(
 
 @needs_smollm2
 @pytest.mark.parametrize(
-    ("kernels", "kv_dtype"), [("reference", "int8"), ("reference", "fp8"), ("cpu", "int8")]
+    ("kernels", "kv_dtype"),
+    [("reference", "int8"), ("reference", "fp8"), ("cpu", "int8"), ("cpu", "fp8")],
 )
 def test_small_kv_caches_are_planned_to_the_byte(
     kernels: Kernels, kv_dtype: Literal["int8", "fp8"]

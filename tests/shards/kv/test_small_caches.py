@@ -83,9 +83,10 @@ def test_drafts_change_no_token(model: Path, kind: str) -> None:
     assert tokens_of(drafted, asked) == plain
 
 
-def test_saturated_fp8_on_the_reference(model: Path) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_fp8_in_two_slices(model: Path, kernels: str) -> None:
     asked = prompts(model)
-    config = group_config(model, kv_dtype="fp8", kernels="reference")
+    config = group_config(model, kv_dtype="fp8", kernels=kernels)
     assert tokens_of(config, asked) == tokens_of(replace(config, tp=2), asked)
 
 
@@ -106,8 +107,6 @@ def test_keys_and_bytes_differ_by_type(model: Path) -> None:
 
 def test_what_cannot_be_is_refused(model: Path) -> None:
     config = Checkpoint.open(model).config
-    with pytest.raises(SpecError, match="fp8 has no CPU kernels; use int8"):
-        resolve(group_config(model, kv_dtype="fp8"), config)
     packed = TierConfig(host_bytes=1 << 24, dtype="fp8")
     with pytest.raises(SpecError, match="remove `tier_dtype`"):
         resolve(group_config(model, tiers=packed), config)
