@@ -12,6 +12,8 @@ from setuptools import Extension, setup
 _NATIVE = "kernels/cpu/native"
 _HEADERS = [
     "simd.h",
+    "amx.h",
+    "amx_levels.h",
     "buffer.h",
     "dot.h",
     "exponentials.h",
@@ -41,10 +43,12 @@ _HEADERS = [
 ]
 
 _AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_AVX512BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]  # every CPU with one has the other
 _X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": _AVX512,
-    "avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],  # every CPU with one has the other
+    "avx512bf16": _AVX512BF16,
+    "amx": [*_AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 
 

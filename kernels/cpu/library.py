@@ -21,21 +21,19 @@ _LOG = logging.getLogger(__name__)
 _ABI = 13
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
-VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
+VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Variants of the library, the fastest first."""
 
+ON_REQUEST = frozenset({"amx"})
+"""Variants that are used only where ARRIERO_CPU_VARIANT names them: they have run under emulation
+and on no processor yet."""
+
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}
+_AVX512BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
 _FLAGS = {
-    "avx512bf16": {
-        "avx512f",
-        "avx512bw",
-        "avx512dq",
-        "avx512vl",
-        "avx512_bf16",
-        "avx512_vnni",
-        "fma",
-        "f16c",
-    },
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "amx": _AVX512BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512bf16": _AVX512BF16,
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set[str](),
 }
@@ -245,13 +243,17 @@ class Library:
         """Load `path`.
 
         Raises:
-            OSError: the file does not load, or comes from a build of other sources.
+            OSError: the file does not load, comes from a build of other sources, or needs registers
+                that the system does not give.
         """
         self.variant, self.path = variant, path
         self._dll = ctypes.CDLL(str(path))
         abi = getattr(self._dll, "arriero_abi", None)
         if abi is None or abi() != _ABI:
             raise OSError(f"{path.name} is from a build of another version; build it again")
+        granted = getattr(self._dll, "arriero_granted", None)
+        if granted is not None and not granted():
+            raise OSError(f"Linux does not give this process the registers of {variant}")
         self._dll.arriero_failure.restype = ctypes.c_char_p
         self._dll.arriero_machine.restype = ctypes.c_void_p
         self._dll.arriero_machine.argtypes = (_I32, _I32)
@@ -325,7 +327,7 @@ def find(variant: str) -> Path | None:
 
 @functools.cache
 def load(variant: str | None = None) -> Library:
-    """Load a variant, or the fastest variant that this machine can run.
+    """Load a variant, or the fastest variant that this machine can run, less `ON_REQUEST`.
 
     The environment variable ARRIERO_CPU_VARIANT names a variant too, for comparisons and tests.
 
@@ -339,7 +341,8 @@ def load(variant: str | None = None) -> Library:
             f"use {', '.join(runnable())}"
         )
     reasons: list[str] = []
-    for name in runnable() if variant is None else [variant]:
+    default = [name for name in runnable() if name not in ON_REQUEST]
+    for name in default if variant is None else [variant]:
         path = find(name)
         if path is None:
             reasons.append(f"{name} was not built")

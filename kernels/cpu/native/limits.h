@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "amx.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -41,6 +42,15 @@ inline double multiply_only(Pool& pool, int64_t rounds, [[maybe_unused]] bool pa
     double each = 2.0 * kLanes;
     std::vector<float> found(size_t(pool.num_threads()) * kLanes);
     const int items = pool.num_threads() * 8;
+#if defined(ARRIERO_AMX)
+    if (pairs) {
+        std::atomic<double> operations{0.0};
+        pool.run(1, [&](Worker worker) {
+            worker.share(items, [&](int, int) { operations += multiply_tiles(rounds); });
+        });
+        return operations;
+    }
+#endif
 #if defined(ARRIERO_BF16)
     if (pairs) each *= 2.0;
 #endif

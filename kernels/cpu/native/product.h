@@ -8,6 +8,7 @@
 #include <array>
 #include <utility>
 
+#include "amx_levels.h"
 #include "buffer.h"
 #include "dot.h"
 #include "narrow.h"
@@ -180,6 +181,9 @@ inline void multiply_thin(const Matrix& m, [[maybe_unused]] bool rounded, const 
 inline void multiply_panel(const Matrix& m, [[maybe_unused]] bool rounded, int64_t panel, int rows,
                            const char* ahead, int panels_left, Tile& t) {
     place(t, m, 0, panel);
+#if defined(ARRIERO_AMX)
+    if (by_tiles(rounded)) return tile_panel(m, rows, ahead, panels_left, t);
+#endif
 #if defined(ARRIERO_AVX2)
     narrow_panel(m, rows, ahead, panels_left, t);
 #else
@@ -225,6 +229,9 @@ inline void multiply_levels(const Matrix& m, const Rows& a, const Block& block, 
     d.c = c;
     d.c_stride = kBlockStride;
     d.ahead = ahead;
+#if defined(ARRIERO_AMX)
+    if (block.rows > kDotRows) return tile_dot_panel(m.type, block.rows, d);
+#endif
     dot_panel(m.type, block.rows, d);
 }
 
@@ -258,7 +265,8 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
     t.sums = sums;
     t.sums_stride = m.groups();
     t.stream = &stream;
-    if (!takes_levels(m) && block.rows <= kThinRows && block.second >= 0) {
+    const bool thin = !takes_levels(m) && !by_tiles(rounded) && block.rows <= kThinRows;
+    if (thin && block.second >= 0) {
         multiply_thin(m, rounded, block, fetch, t);
     } else {
         const int halves = block.second < 0 ? 1 : 2;
@@ -329,6 +337,7 @@ class Product {
             multiply(m_, a_, rounded_, out, {next.first, next.second}, sums, stream);
             finish(out);
         }
+        release_tiles();
     }
 
   private:
