@@ -81,21 +81,29 @@ def int8_groups(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 def fp4_levels(x_TI: Tensor) -> Tensor:
     """Round to NVFP4: e2m1 numbers times a float8_e4m3fn scale for each group of 16 columns.
 
-    The scale of a group is its greatest magnitude / 6, rounded to float8 (at most 448). A group
-    whose scale rounds to 0 becomes zeros.
-
     Args:
         x_TI: float32 inputs, already divided by the scale of the whole tensor.
 
     Returns:
         Float32 [T, I]; each product of a number and a scale is exact in bfloat16.
     """
-    columns = x_TI.shape[1]
-    x_TGC = F.pad(x_TI, (0, -columns % FP4_GROUP)).view(len(x_TI), -1, FP4_GROUP)
+    number_TGC, scale_TG = fp4_groups(x_TI)
+    return (number_TGC * scale_TG[..., None]).flatten(1)[:, : x_TI.shape[1]]
+
+
+def fp4_groups(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers and the scales of `fp4_levels`; columns past the last are zeros.
+
+    The scale of a group is its greatest magnitude / 6, rounded to float8 (at most 448). A group
+    whose scale rounds to 0 becomes zeros.
+
+    Returns:
+        E2m1 numbers float32 [T, G, 16], scales float32 [T, G].
+    """
+    x_TGC = F.pad(x_TI, (0, -x_TI.shape[1] % FP4_GROUP)).view(len(x_TI), -1, FP4_GROUP)
     scale_TG1 = (x_TGC.abs().amax(2, keepdim=True) / FP4_MAX).clamp_(max=FP8_MAX)
     scale_TG1 = scale_TG1.to(torch.float8_e4m3fn).float()
-    level_TGC = _to_fp4(x_TGC / nonzero(scale_TG1)) * scale_TG1
-    return level_TGC.flatten(1)[:, :columns]
+    return _to_fp4(x_TGC / nonzero(scale_TG1)), scale_TG1[..., 0]
 
 
 def _to_fp4(x: Tensor) -> Tensor:

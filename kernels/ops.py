@@ -122,7 +122,10 @@ class Ops(ABC):
         Raises:
             ValueError, NotImplementedError: as `pack_quantized`.
         """
-        plain = self.pack_quantized(weights, None)
+        return self._transforming(self.pack_quantized(weights, None), bias_O, inputs)
+
+    def _transforming(self, plain: Linear, bias_O: Tensor | None, inputs: InputTransform) -> Linear:
+        """Packed weights without a bias, with a transform of the inputs and a bias after it."""
         bias = None if bias_O is None else bias_O.to(self.device, torch.float32, copy=True)
         inputs = inputs.to(self.device)
         return replace(
@@ -132,6 +135,10 @@ class Ops(ABC):
             nbytes=plain.nbytes + inputs.nbytes + (0 if bias is None else bias.nbytes),
             inputs=inputs,
         )
+
+    def pack_expert(self, weights: Sequence[QuantizedWeight], inputs: InputTransform) -> Linear:
+        """`pack_transformed` for an expert, which `grouped_linear` multiplies with others."""
+        return self.pack_transformed(weights, None, inputs)
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack quantized vocabulary rows for `embed` and `logits`; see `pack_quantized`.

@@ -27,6 +27,7 @@ from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.kernels.symmetric_memory import RankSums
 from arriero.kernels.triton import (
+    block_scaled,
     embedding,
     expert_rows,
     experts,
@@ -43,6 +44,7 @@ from arriero.kernels.triton import (
     weights,
 )
 from arriero.kernels.triton.activation import silu_mul
+from arriero.kernels.triton.block_scaled import BlockScaled
 from arriero.kernels.triton.decode import attend_decodes
 from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.kv import TritonKVCache
@@ -92,6 +94,34 @@ class TritonOps(Ops):
             scaled_products.works_on(self.device)  # found out while weights load, not in a step
         return _linear(weights.pack_quantized(parts, bias_O, self.device, self._upload))
 
+    def pack_transformed(
+        self, parts: Sequence[QuantizedWeight], bias_O: Tensor | None, inputs: InputTransform
+    ) -> Linear:
+        """Stack by rows; NVFP4 with rounded inputs in the order of torch's block-scaled product."""
+        if not self._scales_in_blocks(parts, inputs):
+            return super().pack_transformed(parts, bias_O, inputs)
+        assert inputs.scale is not None, "checked in `_scales_in_blocks`"
+        packed = block_scaled.pack(parts, inputs.scale, self.device, self._upload)
+        plain = Linear(
+            out_features=packed.out_features,
+            in_features=packed.in_features,
+            packed=packed,
+            bias=None,
+            nbytes=packed.nbytes,
+        )
+        return self._transforming(plain, bias_O, inputs)
+
+    def pack_expert(self, parts: Sequence[QuantizedWeight], inputs: InputTransform) -> Linear:
+        """Stack by rows for `grouped_linear`, whose kernels are Triton's for NVFP4."""
+        return super().pack_transformed(parts, None, inputs)
+
+    def _scales_in_blocks(self, parts: Sequence[QuantizedWeight], inputs: InputTransform) -> bool:
+        """Whether torch's block-scaled product takes these matrices; see `block_scaled`."""
+        if self.batch_independent or inputs.levels != "fp4" or inputs.scale is None:
+            return False
+        plain = inputs.order_I is None
+        return plain and block_scaled.takes(parts) and block_scaled.works_on(self.device)
+
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Keep the stored numbers; see `Ops.pack_quantized_vocab`."""
         self._check_kind(weight)
@@ -122,6 +152,8 @@ class TritonOps(Ops):
         """The product x Wᵀ + b."""
         if w.inputs is None:
             return self._matmul(x_TI, w.packed)
+        if isinstance(w.packed, BlockScaled):
+            return self._block_scaled_linear(x_TI, w, w.packed)
         if self._scales_in_product(x_TI, w):
             return self._scaled_linear(x_TI, w, w.inputs)
         return input_transform.linear(self, x_TI, w)
@@ -140,6 +172,12 @@ class TritonOps(Ops):
             x_TI = x_TI.index_select(1, inputs.order_I)
         q_TI, scale = input_transform.float8_rows(self, x_TI, inputs)
         y_TO = scaled_products.multiply(q_TI, scale, w.packed, x_TI.dtype)
+        return y_TO if w.bias is None else y_TO.add_(w.bias)
+
+    def _block_scaled_linear(self, x_TI: Tensor, w: Linear, packed: BlockScaled) -> Tensor:
+        """The product with inputs rounded to NVFP4, on the tensor cores' own type."""
+        assert w.inputs is not None and w.inputs.scale is not None, "of `pack_transformed`"
+        y_TO = block_scaled.multiply(x_TI, w.inputs.scale, packed)
         return y_TO if w.bias is None else y_TO.add_(w.bias)
 
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -211,6 +249,8 @@ class TritonOps(Ops):
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """The rows of each expert times its matrix, in a single launch."""
         inputs = experts[0].inputs
+        if isinstance(experts[0].packed, BlockScaled):  # not of `pack_expert`
+            return super().grouped_linear(x_XI, experts, starts_E1)
         if inputs is not None:
             if inputs.bound is not None and self._scales_in_experts(x_XI, experts):
                 table, rows = self._table(experts), x_XI.shape[0]

@@ -149,7 +149,7 @@ class Loader:
             if bias:
                 pieces = [self._folder.rows(f"{name}.bias", s.start, s.stop) for name, s in parts]
                 joined = torch.cat(pieces).float()
-            return self._pack([name for name, _ in parts], stored_parts, joined, keep)
+            return self._pack([name for name, _ in parts], stored_parts, joined, keep=keep)
 
         return self._linear(" ".join(name for name, _ in parts), make)
 
@@ -159,7 +159,7 @@ class Loader:
         def make() -> Linear:
             vector = self._folder.tensor(f"{name}.bias").float() if bias else None
             stored = self._reader.product(name, columns=columns)
-            return self._pack([name], [stored], vector, keep=False)
+            return self._pack([name], [stored], vector)
 
         return self._linear(name, make)
 
@@ -185,11 +185,11 @@ class Loader:
 
         return (
             self._linear(
-                " ".join(names), lambda: self._pack(names, list(stored()[:2]), None, keep=False)
+                " ".join(names), lambda: self._pack(names, list(stored()[:2]), expert=True)
             ),
             self._linear(
                 f"{name}.down_proj",
-                lambda: self._pack([f"{name}.down_proj"], [stored()[2]], None, keep=False),
+                lambda: self._pack([f"{name}.down_proj"], [stored()[2]], expert=True),
             ),
         )
 
@@ -228,14 +228,25 @@ class Loader:
             self._pager.used(self._done + self._used)
 
     def _pack(
-        self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
+        self,
+        names: list[str],
+        parts: list[StoredProduct],
+        bias_O: Tensor | None = None,
+        *,
+        keep: bool = False,
+        expert: bool = False,
     ) -> Linear:
-        packed = self._packed(names, parts, bias_O, keep)
+        packed = self._packed(names, parts, bias_O, keep, expert)
         self._advance_pager(parts)
         return packed
 
     def _packed(
-        self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
+        self,
+        names: list[str],
+        parts: list[StoredProduct],
+        bias_O: Tensor | None,
+        keep: bool,
+        expert: bool,
     ) -> Linear:
         plain = [part.weight for part in parts if isinstance(part.weight, Tensor)]
         stored = [part.weight for part in parts if isinstance(part.weight, QuantizedWeight)]
@@ -255,6 +266,8 @@ class Loader:
         inputs = _shared_inputs(names, [part.inputs for part in parts])
         if inputs is None:
             return self._ops.pack_quantized(weights, bias_O)
+        if expert:
+            return self._ops.pack_expert(weights, inputs)
         return self._ops.pack_transformed(weights, bias_O, inputs)
 
 

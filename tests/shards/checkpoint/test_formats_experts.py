@@ -18,11 +18,15 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 from arriero.shards.models.loader import Loader
+from support import triton_interpreter
 from support.by_the_book import ByTheBook
 from support.modelopt_files import float8, float8_inputs, fused, nvfp4, nvfp4_inputs
 from support.models import write_safetensors
 from support.quantized_files import awq, fp8, gptq, packed
+from support.scaled_fp4 import block_scaled_product, scaled_mm_v2
 from support.slices import CPU, exact_ops
+
+triton_interpreter.install()  # before anything imports the kernels
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
 PREFIX = "model.layers.1.feed_forward."
@@ -256,3 +260,24 @@ def test_experts(tmp_path: Path, form: str, layout: str, kernels: str) -> None:
             assert all(torch.equal(one, two) for one, two in zip(parts, again, strict=True))
     else:
         assert off <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["modelopt-nvfp4", "modelopt-nvfp4-fused"])
+def test_experts_beside_the_block_scaled_product(tmp_path: Path, form: str) -> None:
+    """On a GPU with torch's NVFP4 product routed experts keep Triton's, in the same numbers."""
+    pytest.importorskip("triton")
+    from arriero.kernels.triton import triton_ops
+    from arriero.kernels.triton.weights import Packed
+
+    means = written(tmp_path, form)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
+    with block_scaled_product(scaled_mm_v2):
+        ops = triton_ops(CPU, batch_independent=False)
+        parts = [
+            block(tmp_path, form, ops, x, Span(start=a, stop=b), Span(start=c, stop=d))
+            for a, b, c, d in LAYOUTS["EP2 x TP2"]
+        ]
+    tables = ops._experts.values()
+    assert len(tables) == 2 * len(parts) and all(isinstance(t.first, Packed) for t in tables)
+    want = by_the_book(tmp_path, means, x, form)
+    assert float((sum(parts) - want).abs().max() / want.abs().max()) <= 1e-5

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.families import parts_of
 from arriero.shards.model_config.dense import ModelConfig
+from support import triton_interpreter
 from support.by_the_book import ByTheBook
 from support.modelopt_files import float8_inputs, int8_inputs, nvfp4_inputs
 from support.models import tiny_llama
@@ -24,7 +27,10 @@ from support.quantized_models import (
     dense_logits,
     quantized_llama,
 )
+from support.scaled_fp4 import block_scaled_product, scaled_mm_v2
 from support.slices import CPU, logits_of
+
+triton_interpreter.install()  # before anything imports the kernels
 
 TOKENS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84]
 LAYOUTS = [
@@ -120,6 +126,38 @@ def test_activations_round_as_the_form_says(
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     plain = dense_logits(config, means, SHORT)
     assert float((plain - want).norm() / plain.norm()) > 1e-3  # the rounding is there
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_nvfp4_by_the_block_scaled_product(
+    static_models: dict[str, Folder], tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At TP3 a rank has 16 columns of the o product, which the product pads to 32."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import GridExecutor
+
+    from arriero.kernels.triton import block_scaled, triton_ops
+
+    interpret, lock, products = GridExecutor.__call__, threading.Lock(), []
+
+    def interpret_alone(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with lock:  # the interpreter has a single program at a time, and the ranks are threads
+            return interpret(self, *args, **kwargs)
+
+    def counted(*args: Any) -> Tensor:  # noqa: ANN401
+        products.append(args[1].shape)
+        return scaled_mm_v2(*args)
+
+    monkeypatch.setattr(GridExecutor, "__call__", interpret_alone)
+    path, config, means = static_models["modelopt-nvfp4"]
+    want = dense_logits(config, means, SHORT, rounding("modelopt-nvfp4", config, means, tp))
+    with block_scaled_product(counted):
+        ops = triton_ops(CPU, batch_independent=False)
+        assert block_scaled.works_on(CPU)
+        products.clear()
+        got = logits_of(path, SHORT, tp=tp, make_ops=lambda: ops)
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert len(products) == 4 * tp, "q, k and v; o; gate and up; down"
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)

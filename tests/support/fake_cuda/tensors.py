@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from support.fake_cuda.ledger import Ledger, Recorded, where
+from support.scaled_fp4 import scaled_mm_v2
 from support.scaled_grouped import scaled_grouped_mm
 
 DEVICE = torch.device("cuda", 0)
@@ -144,6 +145,8 @@ class Simulation(TorchDispatchMode):
                 return a.to(dtype) @ b.to(dtype)
         elif func is aten._scaled_grouped_mm.default:  # nor this one
             func = scaled_grouped_mm
+        elif func is aten._scaled_mm_v2.default:
+            func = scaled_mm_v2
 
         with _disable_current_modes():
             out = func(*plain_args, **plain_kwargs)

@@ -43,6 +43,7 @@ from support.groups import running
 from support.models import tiny_llama, tiny_llama4
 from support.proposers import sometimes
 from support.quantized_models import quantized_llama
+from support.scaled_fp4 import block_scaled_product
 
 triton_interpreter.install()  # before anything imports the kernels
 pytest.importorskip("triton")
@@ -189,6 +190,32 @@ def test_tokens_of_each_format_and_of_windows(tmp_path: Path, variant: str) -> N
         answers = group.generate(prompts, params)
         assert [answer.error for answer in answers] == [None] * 2
         assert [answer.tokens for answer in answers] == expected
+        assert not device.waits and not device.compiles and not device.pageable
+
+
+def test_nvfp4_on_blackwell_is_the_block_scaled_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs in one launch to NVFP4, then torch's product, in eager steps and in graphs."""
+    quantized_llama(tmp_path, "modelopt-nvfp4", layers=1)
+    config = config_of(tmp_path, max_sequences=1, max_batch_tokens=8)
+    prompts, params = [PROMPTS[0]], [replace(GREEDY, max_tokens=2)]
+    expected = tokens(config, prompts, params)
+    monkeypatch.setattr("support.fake_cuda.runtime.CAPABILITY", (10, 0))
+    with (
+        block_scaled_product(torch._scaled_mm_v2),
+        simulated() as device,
+        running(on_cuda(config)) as group,
+    ):
+        products = ("aten::_scaled_mm_v2", "_fp4_rows")
+        assert len(device.recordings) == 2, "greedy and drawing"
+        for ops in device.recordings:
+            assert [ops.count(name) for name in products] == [4, 4], "four products of a layer"
+        device.clear()
+        answers = group.generate(prompts, params)
+        assert [answer.error for answer in answers] == [None]
+        assert [answer.tokens for answer in answers] == expected
+        assert device.launches["_fp4_rows"] and not device.launches["_matmul"]
         assert not device.waits and not device.compiles and not device.pageable
 
 
