@@ -18,12 +18,14 @@ import torch.distributed as dist
 from gpu import benches, checks, shapes
 from gpu.benches import Machine, Result
 from gpu.checks import Where
+from gpu.checks_sizes import random_fp4
 from gpu.shapes import LLAMA_8B, LLAMA_405B_TP8, MAVERICK_EP8, Shape
 
 from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.quantize import quantize_fp8
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
+from arriero.kernels.triton.block_scaled import BlockScaled
 
 KINDS = {"dense": 2.0, "int8": 1.0, "int4": 0.5, "int4_symmetric": 0.5, "fp8": 1.0}
 """Kinds of weights, and bytes of a number."""
@@ -44,8 +46,28 @@ def products(at: Where, machine: Machine) -> Result:
             limit = max(flops, item * out_features * in_features / machine.bytes_per_s)
             out[f"{kind}, {rows} rows"] = {"ms": taken * 1e3, "share": limit / taken}
     out |= _rounded_inputs(at, machine, weight)
+    out |= _fp4_inputs(at, machine)
     out |= _rounded_experts(at, machine)
     return out
+
+
+def _fp4_inputs(at: Where, machine: Machine) -> Result:
+    """Products with inputs rounded to NVFP4: torch's own in the fast mode of Blackwell."""
+    result = Result()
+    rows, columns = (96, 64) if at.tiny else (28672, 4096)
+    scale = torch.full((1,), 6 / 448 / 6)
+    inputs = InputTransform(num_inputs=columns, levels="fp4", scale=scale)
+    ops = at.ops(independent=False)
+    linear = ops.pack_transformed([random_fp4(rows, columns)], None, inputs)
+    name = "block-scaled" if isinstance(linear.packed, BlockScaled) else "Triton's"
+    for count in (4,) if at.tiny else (1, 16, 64, 4096):
+        x = at.randn(count, columns)
+        taken = benches.seconds(at, lambda x=x: ops.linear(x, linear))
+        # four bits at four times the rate
+        flops = 2 * count * rows * columns / (4 * machine.flops_per_s)
+        limit = max(flops, rows * columns * 9 / 16 / machine.bytes_per_s)
+        result[f"fp4 inputs, {name}, {count} rows"] = {"ms": taken * 1e3, "share": limit / taken}
+    return result
 
 
 def _rounded_experts(at: Where, machine: Machine) -> Result:

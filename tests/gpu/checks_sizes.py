@@ -11,18 +11,22 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from gpu import checks, shapes
 from gpu.checks import Where, error
 from gpu.shapes import Shape
 
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.input_levels import fp4_groups
 from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import FP4_VALUES, QuantizedWeight
+from arriero.kernels.triton.float4 import fp4_rows, tiled_scales
 
 HEADS = [(dim, group) for dim in (64, 128) for group in (4, 5, 16)]
 FORMATS: dict[RowFormat, float] = {"float32": 2**-20, "bfloat16": 2**-8, "fp8": 2**-4}
@@ -91,6 +95,58 @@ def rounded_products(at: Where) -> float:
             x = at.randn(count, columns)
             expected = at.reference.linear(x, theirs)
             worst = max(worst, error(ops.linear(x, ours), expected))
+    return worst
+
+
+def random_fp4(rows: int, columns: int) -> QuantizedWeight:
+    """A matrix of random e2m1 numbers and scales."""
+    scales = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn).float()
+    return QuantizedWeight(
+        kind="fp4",
+        in_features=columns,
+        data=torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
+        scales=scales,
+        row_scales=torch.full((rows, 1), 1e-4),
+        group_size=16,
+    )
+
+
+def fp4_products(at: Where) -> float:
+    """Products with inputs rounded to NVFP4, of one matrix and stacked, in both modes."""
+    worst = 0.0
+    rows, columns = (48, 96) if at.tiny else (6400, 4096)
+    first, second = random_fp4(rows, columns), random_fp4(rows, columns)
+    assert second.row_scales is not None
+    stacked = [first, replace(second, row_scales=2 * second.row_scales)]
+    scale = torch.full((1,), 6 / 448 / 6)  # magnitudes up to 6
+    inputs = InputTransform(num_inputs=columns, levels="fp4", scale=scale)
+    for weights in ([first], stacked):
+        theirs = at.reference.pack_transformed(weights, None, inputs)
+        for independent in (False, True):
+            ops = at.ops(independent=independent)
+            ours = ops.pack_transformed(weights, None, inputs)
+            for count in (1, 17, 300):
+                x = at.randn(count, columns)
+                expected = at.reference.linear(x, theirs)
+                worst = max(worst, error(ops.linear(x, ours), expected))
+    return worst
+
+
+def rows_to_fp4(at: Where) -> float:
+    """Rows of NVFP4 against the definition: bit for bit."""
+    values, scale = torch.tensor(FP4_VALUES), torch.full((1,), 3e-3)
+    worst = 0.0
+    for count, width in ((5, 48), (130, 160)) if at.tiny else ((5, 16384), (300, 6656)):
+        x = at.randn(count, width)
+        got = fp4_rows(x, scale.to(at.device))
+        number_TGC, scale_TG = fp4_groups(x.cpu().float() / scale)
+        code_TI = torch.searchsorted(values, number_TGC.abs()) + 8 * number_TGC.signbit()
+        code_TI = F.pad(code_TI.flatten(1), (0, -width % 32))
+        code_TB = (code_TI[:, ::2] + 16 * code_TI[:, 1::2]).to(torch.uint8)
+        tiled = tiled_scales(scale_TG.to(torch.float8_e4m3fn))
+        pairs = ((got.codes_TB, code_TB), (got.scales, tiled))
+        same = [torch.equal(a.view(torch.uint8).cpu(), b.view(torch.uint8)) for a, b in pairs]
+        worst = max(worst, 0.0 if all(same) else 1.0)
     return worst
 
 
@@ -199,10 +255,12 @@ NEAR = {
     "quantized vocabularies": quantized_tables,
     "logits": plain_logits,
     "product, fp8 inputs": rounded_products,
+    "product, fp4 inputs": fp4_products,
     "experts, fp8 inputs": rounded_experts,
     "rope to int8 and fp8 caches": rope_to_small_caches,
 }
 SAME = {
     **{f"bits, decode and prefill d{dim} g{group}": same_bits(dim, group) for dim, group in HEADS},
     "rows to float8": rows_to_float8,
+    "rows to NVFP4": rows_to_fp4,
 }

@@ -29,6 +29,7 @@ from arriero.kernels.symmetric_memory import PROGRAMS, SymmetricMemory
 from arriero.kernels.triton import (
     embedding,
     experts,
+    float4,
     float8,
     lora,
     matmul,
@@ -178,6 +179,13 @@ def by_row(hidden: int, mlp: int) -> None:
         OPS.add_parts(empty(8, rows, hidden))
         for width, bound in ((hidden, 1200.0), (mlp, 1200.0), (hidden, math.inf)):
             float8.quantize_rows(empty(rows, width), bound)
+
+
+def to_fp4(*widths: int) -> None:
+    """Rows rounded to NVFP4, with scales in tiles."""
+    for width in widths:
+        for rows in (1, 37, 256):
+            float4.fp4_rows(empty(rows, width), empty(1, dtype=F32))
 
 
 def ranks_memory(ranks: int) -> SymmetricMemory:
@@ -345,6 +353,8 @@ def _matmul_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def _other_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, sizes in {"8B": (4096, 14336), "405B": (16384, 53248)}.items():
         yield f"rows {name}", partial(by_row, *sizes)
+        yield f"fp4 rows {name}", partial(to_fp4, *sizes)
+    yield "fp4 rows 405B/TP8", partial(to_fp4, 2048, 6656)
     for name, hidden, ranks in (("8B", 4096, 2), ("Maverick", 5120, 8), ("405B", 16384, 8)):
         yield f"sums of {ranks} ranks {name}", partial(sums_of_ranks, hidden, ranks)
     for num_experts, local in ((128, 16), (128, 128), (128, 1)):
