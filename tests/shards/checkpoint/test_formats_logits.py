@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,10 @@ def test_nvfp4_by_the_block_scaled_product(
     path, config, means = static_models["modelopt-nvfp4"]
     want = dense_logits(config, means, SHORT, rounding("modelopt-nvfp4", config, means, tp))
     with block_scaled_product(counted):
-        ops = triton_ops(CPU, batch_independent=False)
         assert block_scaled.works_on(CPU)
         products.clear()
-        got = logits_of(path, SHORT, tp=tp, make_ops=lambda: ops)
+        make_ops = partial(triton_ops, CPU, batch_independent=False)
+        got = logits_of(path, SHORT, tp=tp, make_ops=make_ops)
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     assert len(products) == 4 * tp, "q, k and v; o; gate and up; down"
 
