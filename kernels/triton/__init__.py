@@ -6,10 +6,12 @@ package.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from arriero.kernels.backend import Backend
 from arriero.kernels.sizes import PLAIN, KvBlockSize, MatrixSize, PackedBytes
+from arriero.kernels.triton.four_bit_sizes import data_shape
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TritonBackend(Backend):
-    """Pads groups of four-bit columns to whole bytes; a bias has the dtype of the products."""
+    """Pads four-bit weights to panels of rows and whole bytes; a bias has the products' dtype."""
 
     best_on = "cuda"
 
@@ -30,12 +32,15 @@ class TritonBackend(Backend):
 
     def packed_nbytes(self, matrix: MatrixSize) -> PackedBytes:
         """See `Backend.packed_nbytes`."""
-        rows = matrix.out_features
-        row_bytes = matrix.in_features * PLAIN.get(matrix.precision, 1)
+        rows, columns = matrix.out_features, matrix.in_features
+        weights = rows * columns * PLAIN.get(matrix.precision, 1)
+        scales = matrix.scales_nbytes(rows)
         if matrix.four_bits:
-            row_bytes = matrix.num_groups * -(-min(matrix.group_size, matrix.in_features) // 2)
+            weights = math.prod(data_shape(rows, columns, min(matrix.group_size, columns)))
+        if matrix.precision == "int4" and matrix.half_scales:
+            scales //= 2
         bias = PLAIN.get(matrix.precision, PLAIN["bfloat16"]) if matrix.bias else 0
-        return PackedBytes(weights=rows * (row_bytes + bias), scales=matrix.scales_nbytes(rows))
+        return PackedBytes(weights=weights + rows * bias, scales=scales)
 
     def kv_block_nbytes(self, block: KvBlockSize) -> int:
         """See `Backend.kv_block_nbytes`."""

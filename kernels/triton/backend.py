@@ -73,6 +73,7 @@ class TritonOps(Ops):
     def __init__(self, device: torch.device, *, batch_independent: bool) -> None:
         self.device, self.batch_independent = device, batch_independent
         self._upload = Upload(device)
+        self._arrivals = matmul.make_arrivals(device)
         self._experts: dict[tuple[int, ...], ExpertWeights] = {}
 
     def pack_linear(
@@ -462,7 +463,11 @@ class TritonOps(Ops):
         if w.kind == "dense" and not self.batch_independent and x_TI.is_cuda:
             return F.linear(x_TI.to(w.data.dtype), w.data, w.bias)
         return matmul.matmul(
-            self._input(x_TI, w), w, batch_independent=self.batch_independent, out_dtype=out_dtype
+            self._input(x_TI, w),
+            w,
+            arrivals=self._arrivals,
+            batch_independent=self.batch_independent,
+            out_dtype=out_dtype,
         )
 
     def _input(self, x: Tensor, w: Packed) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.quantized_weight import INT4_ZERO
+from arriero.kernels.triton.four_bit_sizes import PANEL
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, rows_per_program
 from arriero.kernels.triton.weights import Packed
 
 BLOCK = 1024
 _INT4_ZERO = tl.constexpr(INT4_ZERO)
+_PANEL = tl.constexpr(PANEL)
 
 
 @kernel
@@ -31,6 +33,7 @@ def _embed(
     size: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,16 +45,17 @@ def _embed(
     read = local & (column < size)
     row = row.to(tl.int64)
     if KIND == "int4":
-        HALF: tl.constexpr = (GROUP + 1) // 2
-        num_groups = (size + GROUP - 1) // GROUP
-        group, j = column // GROUP, column % GROUP
-        at = data + row * (num_groups * HALF) + group * HALF + j % HALF
+        HALF: tl.constexpr = (COLUMNS + 1) // 2
+        block, j = column // COLUMNS, column % COLUMNS
+        at = row // _PANEL * tl.cdiv(size, COLUMNS) + block  # of the panel's blocks
+        at = data + (at * _PANEL + row % _PANEL) * HALF + j % HALF
         both = tl.load(at, mask=read, other=0)
         level = tl.where(j < HALF, both & 15, both >> 4).to(tl.float32)
+        group = column // GROUP * num_rows + row
         zero = _INT4_ZERO
         if HAS_ZEROS:
-            zero = tl.load(zeros + row * num_groups + group, mask=read, other=0.0)
-        scale = tl.load(scales + row * num_groups + group, mask=read, other=0.0)
+            zero = tl.load(zeros + group, mask=read, other=0.0).to(tl.float32)
+        scale = tl.load(scales + group, mask=read, other=0.0).to(tl.float32)
         value = (level - zero) * scale
     else:
         value = tl.load(data + row * size + column, mask=read, other=0.0)
@@ -84,6 +88,7 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
             size,
             KIND=table.kind,
             GROUP=table.group_size,
+            COLUMNS=table.block_columns,
             HAS_ZEROS=table.zeros is not None,
             ROWS=rows,
             BLOCK=block,

@@ -36,7 +36,9 @@ COUNTS = (
     "num_pairs",
     "num_rows",
     "num_sequences",
+    "num_steps",
     "num_tokens",
+    "part_steps",
     "step",
     "table_stride",
 )

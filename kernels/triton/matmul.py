@@ -1,22 +1,25 @@
 """Matrix products with weights of any kind, and grouped products for the sorted rows of experts.
 
 y[m, o] = sum over i of x[m, i] * W[o, i], in float32, columns in ascending order: the sum of a row
-depends on the shape of the weights alone, if the blocks do. Kernels multiply the levels of
-quantized weights directly (exact in bfloat16) and apply scales to float32 sums. Knows packed
-weights; knows nothing of layers.
+depends on the shape of the weights alone, if the blocks do. A product with fewer tiles than the
+device has multiprocessors is split: the sums of several parts of the columns are added in order, by
+one program in turn or by a program for each part, with the same bits. Knows packed weights; knows
+nothing of layers.
 
-Shape legend: M rows, O outputs, I inputs, K inputs of a step, E experts, X sorted rows.
+Shape legend: M rows, O outputs, I inputs, E experts, X sorted rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import triton.language as tl
+from arriero.kernels.triton import tuning
 from arriero.kernels.triton.expert_weights import ExpertWeights
+from arriero.kernels.triton.four_bit_sizes import STEP
 from arriero.kernels.triton.launch import (
     EXACT,
     INTERPRETED,
@@ -26,117 +29,77 @@ from arriero.kernels.triton.launch import (
     unit_stride,
 )
 from arriero.kernels.triton.prefill import find_tile
+from arriero.kernels.triton.tiles import multiply
 from arriero.kernels.triton.tuning import MatmulBlocks, matmul_blocks
 from arriero.kernels.triton.weights import Packed
 
 SWIZZLE = 8
 """Tiles of rows that use the same tile of weights while the L2 cache has the tile."""
+MOST_ARRIVALS = 1024
+"""Tiles of the largest product whose parts are computed by several programs."""
+
+Split = Literal["whole", "in turn", "programs"]
+
+
+def make_arrivals(device: torch.device) -> Tensor:
+    """Counters of the programs that have computed a part of a tile: int32, all 0 between products.
+
+    Products that share counters must run one after the other, as in one stream.
+    """
+    return torch.zeros(MOST_ARRIVALS, dtype=torch.int32, device=device)
 
 
 @kernel
-def _load_x(
-    x: tl.tensor,
-    row_M: tl.tensor,
-    valid_M: tl.tensor,
-    column_K: tl.tensor,
-    valid_K: tl.tensor,
-    score_M: tl.tensor,
-    SCORED: tl.constexpr,
-    DOT: tl.constexpr,
-) -> tl.tensor:
-    """Inputs [M, K]; a row times its score is rounded to the dtype of x."""
-    value = tl.load(
-        x + row_M[:, None] + column_K[None, :],
-        mask=valid_M[:, None] & valid_K[None, :],
-        other=0.0,
-    )
-    if SCORED:
-        value = (value.to(tl.float32) * score_M[:, None]).to(x.dtype.element_ty)
-    return value.to(DOT)
-
-
-@kernel
-def _fp4_value(code: tl.tensor) -> tl.tensor:
-    """Float32 numbers of e2m1 codes 0 .. 15."""
-    magnitude = (code & 7).to(tl.int32)
-    shift = tl.maximum(magnitude >> 1, 1) - 1
-    doubled = tl.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << shift)
-    value = doubled.to(tl.float32) * 0.5
-    return tl.where(code >= 8, -value, value)
-
-
-@kernel
-def _multiply(
-    x: tl.tensor,
-    row_M: tl.tensor,
-    valid_M: tl.tensor,
-    score_M: tl.tensor,
-    data: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    output_O: tl.tensor,
+def _tile(
+    num_rows: tl.tensor,
     num_outputs: tl.tensor,
-    num_inputs: tl.tensor,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    SCORED: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-) -> tl.tensor:
-    """A tile [M, O] of x Wᵀ in float32; `row_M` are offsets of rows, in elements."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+) -> tuple[tl.tensor, tl.tensor]:
+    """Rows and outputs of this program's tile."""
+    tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    tiles_n = tl.cdiv(num_outputs, BLOCK_N)
+    program = tl.program_id(0)
+    first_m = program // (SWIZZLE * tiles_n) * SWIZZLE
+    width = tl.minimum(tiles_m - first_m, SWIZZLE)
+    within = program % (SWIZZLE * tiles_n)
+    row = (first_m + within % width) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, within // width * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@kernel
+def _store(
+    out: tl.tensor,
+    acc: tl.tensor,
+    at: tl.tensor,
+    valid: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    output_O: tl.tensor,
+    num_outputs: tl.tensor,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    """Store sums times the scales of int8 and float8 rows, plus the bias."""
     valid_O = output_O < num_outputs
-    output64_O = output_O.to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    if KIND == "int4" or KIND == "fp4":
-        HALF: tl.constexpr = (GROUP + 1) // 2
-        num_groups = (num_inputs + GROUP - 1) // GROUP
-        for group in range(0, num_groups):
-            part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            total_M = tl.zeros([BLOCK_M], tl.float32)
-            for first in tl.static_range(0, HALF, BLOCK_K):
-                j = first + k
-                low = group * GROUP + j
-                high = low + HALF
-                low_K = (j < HALF) & (low < num_inputs)
-                high_K = (j < HALF) & (j + HALF < GROUP) & (high < num_inputs)
-                at = data + output64_O[:, None] * (num_groups * HALF) + (group * HALF + j)[None, :]
-                both = tl.load(at, mask=valid_O[:, None] & low_K[None, :], other=0)
-                x_low = _load_x(x, row_M, valid_M, low, low_K, score_M, SCORED, DOT)
-                x_high = _load_x(x, row_M, valid_M, high, high_K, score_M, SCORED, DOT)
-                q_low, q_high = both & 15, both >> 4
-                if KIND == "fp4":
-                    q_low, q_high = _fp4_value(q_low).to(DOT), _fp4_value(q_high).to(DOT)
-                elif HAS_ZEROS:
-                    total_M += tl.sum(x_low.to(tl.float32), 1) + tl.sum(x_high.to(tl.float32), 1)
-                    q_low, q_high = q_low.to(DOT), q_high.to(DOT)
-                else:
-                    q_low = (q_low.to(tl.int8) - 8).to(DOT)
-                    q_high = (q_high.to(tl.int8) - 8).to(DOT)
-                part = tl.dot(x_low, tl.trans(q_low), part, input_precision="ieee")
-                part = tl.dot(x_high, tl.trans(q_high), part, input_precision="ieee")
-            at_O = output64_O * num_groups + group
-            if HAS_ZEROS:
-                zero_O = tl.load(zeros + at_O, mask=valid_O, other=0.0)
-                part -= total_M[:, None] * zero_O[None, :]
-            acc += part * tl.load(scales + at_O, mask=valid_O, other=0.0)[None, :]
-    else:
-        for first in range(0, num_inputs, BLOCK_K):
-            column = first + k
-            valid_K = column < num_inputs
-            x_MK = _load_x(x, row_M, valid_M, column, valid_K, score_M, SCORED, DOT)
-            w_OK = tl.load(
-                data + output64_O[:, None] * num_inputs + column[None, :],
-                mask=valid_O[:, None] & valid_K[None, :],
-                other=0.0,
-            ).to(DOT)
-            acc = tl.dot(x_MK, tl.trans(w_OK), acc, input_precision="ieee")
-        if KIND != "dense":
-            acc *= tl.load(scales + output_O, mask=valid_O, other=0.0)[None, :]
-    return acc
+    if KIND == "int8" or KIND == "fp8":
+        acc *= tl.load(scales + output_O, mask=valid_O, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + output_O, mask=valid_O, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid)
+
+
+@kernel
+def _is_last(arrivals: tl.tensor) -> tl.tensor:
+    """Whether all other programs of the tile have stored their parts, which are then visible."""
+    tl.debug_barrier()  # all threads have stored before the program counts as arrived
+    counter = arrivals + tl.program_id(0)
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1 == tl.num_programs(1)
+    if last:
+        tl.store(counter, 0)  # for the next product
+    tl.debug_barrier()  # no thread reads parts before the count was seen
+    return last
 
 
 @kernel
@@ -147,54 +110,55 @@ def _matmul(
     zeros: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
+    parts: tl.tensor,
+    arrivals: tl.tensor,
     num_rows: tl.tensor,
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
     x_stride: tl.tensor,
+    num_steps: tl.tensor,
+    part_steps: tl.tensor,
+    SPLIT: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SWIZZLE: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
-    tiles_m = tl.cdiv(num_rows, BLOCK_M)
-    tiles_n = tl.cdiv(num_outputs, BLOCK_N)
-    program = tl.program_id(0)
-    first_m = program // (SWIZZLE * tiles_n) * SWIZZLE
-    width = tl.minimum(tiles_m - first_m, SWIZZLE)
-    within = program % (SWIZZLE * tiles_n)
-    row = (first_m + within % width) * BLOCK_M + tl.arange(0, BLOCK_M)
-    output = within // width * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid_row = row < num_rows
-    acc = _multiply(
-        x,
-        row.to(tl.int64) * x_stride,
-        valid_row,
-        valid_row,
-        data,
-        scales,
-        zeros,
-        output,
-        num_outputs,
-        num_inputs,
-        KIND,
-        GROUP,
-        HAS_ZEROS,
-        False,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        DOT,
-    )
-    valid_output = output < num_outputs
-    if HAS_BIAS:
-        acc += tl.load(bias + output, mask=valid_output, other=0.0).to(tl.float32)[None, :]
-    to = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=valid_row[:, None] & valid_output[None, :])
+    """The product; a part of the columns has `part_steps` steps.
+
+    "programs": program (tile, i) stores part i in `parts`, float32 [parts, rows, outputs], and the
+    last program of a tile adds the parts. "in turn": a program computes and adds all parts.
+    """
+    row, output = _tile(num_rows, num_outputs, SWIZZLE, BLOCK_M, BLOCK_N)
+    row_M = tl.minimum(row, num_rows - 1).to(tl.int64) * x_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for part in range(0, tl.cdiv(num_steps, part_steps) if SPLIT == "in turn" else 1):
+        first = (tl.program_id(1) + part) * part_steps
+        stop = tl.minimum(first + part_steps, num_steps)
+        acc += multiply(x, row_M, row_M, data, scales, zeros, output, num_outputs, num_inputs,
+                        first, stop, KIND, GROUP, COLUMNS, BLOCKS, HAS_ZEROS, False, EVEN,
+                        BLOCK_M, BLOCK_N, BLOCK_K, DOT)  # fmt: skip
+    at = row.to(tl.int64)[:, None] * num_outputs + output[None, :]
+    valid = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
+    if SPLIT == "programs":
+        size = num_rows.to(tl.int64) * num_outputs
+        tl.store(parts + tl.program_id(1) * size + at, acc, mask=valid)
+        if _is_last(arrivals):
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for other in range(0, tl.num_programs(1)):
+                at_other = parts + other * size + at
+                acc += tl.load(at_other, mask=valid, other=0.0, cache_modifier=".cg")
+            _store(out, acc, at, valid, scales, bias, output, num_outputs, KIND, HAS_BIAS)
+    else:
+        _store(out, acc, at, valid, scales, bias, output, num_outputs, KIND, HAS_BIAS)
 
 
 @kernel
@@ -211,89 +175,122 @@ def _grouped_matmul(
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
     x_stride: tl.tensor,
-    KIND: tl.constexpr,
+    num_steps: tl.tensor,
     STORED: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    SCALE: tl.constexpr,
     PERMUTES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
     expert, tile = find_tile(starts, tl.program_id(1), num_experts, BLOCK_M)
-    row = tl.load(starts + expert) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    stop = tl.load(starts + expert + 1)
-    if tl.load(starts + expert) + tile * BLOCK_M >= stop:
+    first_row = tl.load(starts + expert) + tile * BLOCK_M
+    stop_row = tl.load(starts + expert + 1)
+    if first_row >= stop_row:
         return
-    valid_row = row < stop
+    row = first_row + tl.arange(0, BLOCK_M)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     data = tl.load(data_table + expert).to(tl.pointer_type(STORED))
     data = tl.multiple_of(data, 16)
     scales, zeros = scales_table, zeros_table
     if KIND != "dense":
-        scales = tl.load(scales_table + expert).to(tl.pointer_type(tl.float32))
+        scales = tl.load(scales_table + expert).to(tl.pointer_type(SCALE))
     if HAS_ZEROS:
-        zeros = tl.load(zeros_table + expert).to(tl.pointer_type(tl.float32))
-    source, score = row, valid_row
+        zeros = tl.load(zeros_table + expert).to(tl.pointer_type(SCALE))
+    source = tl.minimum(row, stop_row - 1)
+    score = row
     if PERMUTES:
-        source = tl.load(tokens + row, mask=valid_row, other=0)
-        score = tl.load(scores + row, mask=valid_row, other=0.0)
-        score = score.to(x.dtype.element_ty).to(tl.float32)
-    acc = _multiply(
-        x,
-        source.to(tl.int64) * x_stride,
-        valid_row,
-        score,
-        data,
-        scales,
-        zeros,
-        output,
-        num_outputs,
-        num_inputs,
-        KIND,
-        GROUP,
-        HAS_ZEROS,
-        PERMUTES,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        DOT,
-    )
-    to = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
-    valid = valid_row[:, None] & (output < num_outputs)[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=valid)
+        score = tl.load(scores + source).to(x.dtype.element_ty).to(tl.float32)
+        source = tl.load(tokens + source)
+    row_M = source.to(tl.int64) * x_stride
+    acc = multiply(x, row_M, score, data, scales, zeros, output, num_outputs, num_inputs,
+                   0, num_steps, KIND, GROUP, COLUMNS, BLOCKS, HAS_ZEROS, PERMUTES, EVEN,
+                   BLOCK_M, BLOCK_N, BLOCK_K, DOT)  # fmt: skip
+    at = row.to(tl.int64)[:, None] * num_outputs + output[None, :]
+    valid = (row < stop_row)[:, None] & (output < num_outputs)[None, :]
+    _store(out, acc, at, valid, scales, scales, output, num_outputs, KIND, False)
 
 
 def matmul(
-    x_MI: Tensor, w: Packed, *, batch_independent: bool, out_dtype: torch.dtype | None = None
+    x_MI: Tensor,
+    w: Packed,
+    *,
+    arrivals: Tensor,
+    batch_independent: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The product x Wᵀ + b: [M, O], in `out_dtype`, or for None in x's dtype."""
+    """The product x Wᵀ + b: [M, O], in `out_dtype`, or for None in x's dtype.
+
+    Args:
+        x_MI: the inputs.
+        w: the weights.
+        arrivals: counters of `make_arrivals`.
+        batch_independent: use the same blocks and parts for any number of rows.
+        out_dtype: dtype of the result.
+    """
     x_MI = unit_stride(x_MI)
-    rows, outputs = x_MI.shape[0], w.out_features
-    out = torch.empty(rows, outputs, dtype=out_dtype or x_MI.dtype, device=x_MI.device)
+    rows, outputs, device = x_MI.shape[0], w.out_features, x_MI.device
+    out = torch.empty(rows, outputs, dtype=out_dtype or x_MI.dtype, device=device)
     if not rows:
         return out
     blocks = matmul_blocks(
-        x_MI.device, w.kind, outputs, w.in_features, None if batch_independent else rows
+        device, w.kind, outputs, w.in_features, None if batch_independent else rows
     )
-    _matmul[(-(-rows // blocks.block_m) * -(-outputs // blocks.block_n),)](
+    constants, step = _constants(w, blocks)
+    steps = -(-w.in_features // step)
+    tiles = -(-rows // blocks.block_m) * -(-outputs // blocks.block_n)
+    split, part_steps = _split(w, blocks, tiles, steps, batch_independent)
+    num_parts = -(-steps // part_steps) if split == "programs" else 1
+    parts = out
+    if split == "programs":
+        parts = torch.empty(num_parts, rows, outputs, dtype=torch.float32, device=device)
+    _matmul[(tiles, num_parts)](
         x_MI,
         w.data,
         w.scales,
         w.zeros,
         w.bias,
         out,
+        parts,
+        arrivals,
         rows,
         outputs,
         w.in_features,
         x_MI.stride(0),
-        HAS_BIAS=w.bias is not None,
+        steps,
+        part_steps,
+        SPLIT=split,
         SWIZZLE=SWIZZLE,
-        **_constants(w, blocks),
+        HAS_BIAS=w.bias is not None,
+        **constants,
         **EXACT,
     )
     return out
+
+
+def _split(
+    w: Packed, blocks: MatmulBlocks, tiles: int, steps: int, batch_independent: bool
+) -> tuple[Split, int]:
+    """Who adds the parts of the columns, and steps of a part.
+
+    Parts do not depend on the number of rows where rows must not depend on others. With many rows
+    there are tiles enough, and a program computes all parts of its tile in turn.
+    """
+    rule = tuning.split_rule(w.data.device)
+    shared = -(-w.out_features // blocks.block_n) if batch_independent else tiles
+    part_steps = -(-steps // tuning.num_splits(rule, shared, w.in_features))
+    if part_steps == steps:
+        return "whole", steps
+    if tiles < min(rule.processors, MOST_ARRIVALS):
+        return "programs", part_steps
+    return "in turn", part_steps
 
 
 def grouped_matmul(
@@ -328,6 +325,7 @@ def grouped_matmul(
     typical = None if batch_independent else -(-num_rows // experts.count)
     blocks = matmul_blocks(x.device, w.kind, w.out_features, w.in_features, typical)
     tiles = num_rows // blocks.block_m + experts.count
+    constants, step = _constants(w, blocks)
     _grouped_matmul[(-(-w.out_features // blocks.block_n), tiles)](
         x,
         starts_E1,
@@ -341,9 +339,11 @@ def grouped_matmul(
         w.out_features,
         w.in_features,
         x.stride(0),
+        -(-w.in_features // step),
         STORED=_STORAGE_TYPES[w.data.dtype],
+        SCALE=None if w.scales is None else _STORAGE_TYPES[w.scales.dtype],
         PERMUTES=tokens_X is not None,
-        **_constants(w, blocks),
+        **constants,
         **EXACT,
     )
     return out
@@ -359,14 +359,22 @@ _STORAGE_TYPES: dict[torch.dtype, Any] = {
 }
 
 
-def _constants(w: Packed, blocks: MatmulBlocks) -> dict[str, Any]:
-    block_k = blocks.block_k
-    if w.kind == "int4" or w.kind == "fp4":
-        block_k = min(block_k, power_of_two(-(-w.group_size // 2), 16))
-    return {
+def _constants(w: Packed, blocks: MatmulBlocks) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel, and columns of a step."""
+    block_k, step, columns = blocks.block_k, blocks.block_k, w.block_columns
+    fits = True
+    if w.four_bits:
+        half = -(-columns // 2)
+        block_k = min(block_k, power_of_two(half, 16))
+        step = columns * max(1, STEP // columns)
+        fits = columns == 2 * half and half % block_k == 0
+    constants = {
         "KIND": w.kind,
-        "GROUP": w.group_size,
+        "GROUP": w.group_size if w.four_bits else 0,
+        "COLUMNS": columns,
+        "BLOCKS": step // columns if w.four_bits else 1,
         "HAS_ZEROS": w.zeros is not None,
+        "EVEN": fits and w.in_features % step == 0,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "BLOCK_K": block_k,
@@ -374,3 +382,4 @@ def _constants(w: Packed, blocks: MatmulBlocks) -> dict[str, Any]:
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
+    return constants, step

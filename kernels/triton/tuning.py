@@ -72,6 +72,44 @@ class MatmulBlocks:
     num_stages: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRule:
+    """When several programs share the columns of a tile of a product.
+
+    Attributes:
+        processors: multiprocessors; 0 for those of the device. A product with fewer tiles is split.
+        waves: programs for each multiprocessor at most, parts included.
+        least_columns: columns of the shortest part.
+    """
+
+    processors: int
+    waves: int
+    least_columns: int
+
+
+@cache
+def split_rule(device: torch.device) -> SplitRule:
+    """The rule for a device, with its number of multiprocessors."""
+    rule = SplitRule(**_find(_names(device), "split", ()))
+    if rule.processors:
+        return rule
+    properties = torch.cuda.get_device_properties(device)
+    return replace(rule, processors=properties.multi_processor_count)
+
+
+def num_splits(rule: SplitRule, tiles: int, columns: int) -> int:
+    """Parts of the columns of a product; 1 for a product with enough tiles.
+
+    Args:
+        rule: of the device.
+        tiles: tiles of the outputs.
+        columns: columns of the weights.
+    """
+    if tiles >= rule.processors:
+        return 1
+    return max(1, min(rule.waves * rule.processors // tiles, columns // rule.least_columns))
+
+
 def attention_blocks(device: torch.device, head_dim: int, kv_dtype: torch.dtype) -> AttentionBlocks:
     """The blocks for heads of size `head_dim` and a cache of dtype `kv_dtype`."""
     shapes = (f"{head_dim}:{str(kv_dtype)[6:]}", f"{head_dim}:*")

@@ -1,6 +1,7 @@
 """The packed form of weights in device memory.
 
-Knows matrices; knows nothing of kernels. Shape legend: O rows, I columns, G groups of columns.
+Knows matrices; knows nothing of kernels. Shape legend: O rows, I columns, G groups of columns,
+P panels of rows, B blocks of columns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.quantized_weight import QuantizedWeight, stack
+from arriero.kernels.quantized_weight import FOUR_BITS, QuantizedWeight, stack
+from arriero.kernels.triton.four_bit_sizes import block_columns, data_shape
 from arriero.kernels.triton.upload import Upload
 
 Kind = Literal["dense", "int8", "fp8", "int4", "fp4"]
@@ -25,13 +27,13 @@ class Packed:
 
     Attributes:
         kind: dense, or a `QuantKind`.
-        data: dense, int8, fp8: [O, I] as stored. int4, fp4: uint8 [O, G * half], half =
-            group_size / 2 rounded up: byte j of a group has column j of the group in the low four
-            bits and column half + j in the high four bits, so that kernels read both halves of the
-            inputs in order.
-        scales: float32 [O, G]; None when dense.
-        zeros: float32 [O, G] for int4 with zero points, else None.
+        data: dense, int8, fp8: [O, I] as stored. int4, fp4: uint8 [P, B, 8, bytes of a block]; see
+            `four_bit_sizes`.
+        scales: None when dense. int8, fp8: float32 [O, 1]. int4, fp4: [G, O], so that the scales of
+            a tile are adjacent; float16 where the weights have `half_scales`, else float32.
+        zeros: as the scales, for int4 with zero points, else None.
         group_size: columns that share a scale.
+        block_columns: columns of a block, of four-bit kinds.
         bias: [O], in the dtype of the addition; None for none.
     """
 
@@ -41,11 +43,20 @@ class Packed:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     group_size: int = 0
+    block_columns: int = 0
     bias: Tensor | None = None
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether a byte has two columns."""
+        return self.kind in FOUR_BITS
 
     @property
     def out_features(self) -> int:
         """O."""
+        if self.four_bits:
+            assert self.scales is not None, "four-bit weights have scales"
+            return self.scales.shape[1]
         return self.data.shape[0]
 
     @property
@@ -79,12 +90,17 @@ def pack_quantized(
     device: torch.device,
     upload: Upload,
 ) -> Packed:
-    """Stack by rows; four-bit kinds get the byte order of `Packed`."""
+    """Stack by rows; four-bit kinds get the form of `Packed`."""
     whole = stack(list(weights))
-    data = whole.data
-    scales = whole.scales if whole.row_scales is None else whole.scales * whole.row_scales
+    data, scales, zeros = whole.data, whole.scales, whole.zeros
+    if whole.row_scales is not None:
+        scales = scales * whole.row_scales
+    group_size, columns = min(whole.group_size, whole.in_features), 0
     if whole.four_bits:
-        data = _halves(whole)
+        columns = block_columns(whole.in_features, group_size)
+        data = _panels(whole, group_size, columns)
+        scales = _by_group(scales, whole.half_scales)
+        zeros = None if zeros is None else _by_group(zeros, whole.half_scales)
     on_device = torch.empty(data.shape, dtype=data.dtype, device=device)
     upload.copy(on_device.view(torch.uint8), data.view(torch.uint8))
     return Packed(
@@ -92,8 +108,9 @@ def pack_quantized(
         data=on_device,
         in_features=whole.in_features,
         scales=scales.to(device),
-        zeros=None if whole.zeros is None else whole.zeros.to(device),
-        group_size=whole.group_size,
+        zeros=None if zeros is None else zeros.to(device),
+        group_size=group_size,
+        block_columns=columns,
         bias=_bias(bias_O, torch.bfloat16, device),
     )
 
@@ -104,13 +121,19 @@ def _bias(bias_O: Tensor | None, dtype: torch.dtype, device: torch.device) -> Te
     return bias_O.to(device, dtype if device.type == "cuda" else torch.float32, copy=True)
 
 
-def _halves(weight: QuantizedWeight) -> Tensor:
-    """Bytes of four-bit kinds in the order of `Packed`; columns past the last have level 0."""
-    rows, group = weight.data.shape[0], weight.group_size
+def _by_group(value_OG: Tensor, half: bool) -> Tensor:
+    value_GO = value_OG.T.contiguous()
+    return value_GO.half() if half else value_GO
+
+
+def _panels(weight: QuantizedWeight, group_size: int, columns: int) -> Tensor:
+    """Bytes of four-bit kinds in the form of `Packed`; rows and columns past the last have 0."""
+    shape = data_shape(weight.out_features, weight.in_features, group_size)
+    panels, blocks, panel, half = shape
     q_OI = torch.stack([weight.data & 15, weight.data >> 4], dim=-1).flatten(1)
     q_OI = q_OI[:, : weight.in_features]
-    groups = weight.scales.shape[1]
-    q_OGC = F.pad(q_OI, (0, groups * group - weight.in_features)).view(rows, groups, group)
-    half = -(-group // 2)
-    q_OGC = F.pad(q_OGC, (0, 2 * half - group))
-    return (q_OGC[..., :half] | q_OGC[..., half:] << 4).flatten(1).contiguous()
+    padding = (0, blocks * columns - weight.in_features, 0, panels * panel - weight.out_features)
+    q_OBC = F.pad(q_OI, padding).view(panels * panel, blocks, columns)
+    q_OBC = F.pad(q_OBC, (0, 2 * half - columns))
+    bytes_OBj = q_OBC[..., :half] | q_OBC[..., half:] << 4
+    return bytes_OBj.view(panels, panel, blocks, half).transpose(1, 2).contiguous()

@@ -162,6 +162,27 @@ def product(kind: str) -> Callable[[Where], float]:
     return check
 
 
+def split_product(at: Where) -> float:
+    """The q, k, v product of the 405B at TP8, whose columns several programs share.
+
+    A row alone must have the bits that it has among others, whose parts one program adds in turn.
+    """
+    rows, columns = (96, 2048) if at.tiny else (2304, 16384)
+    weight = torch.randn(rows, columns, device=at.device) * columns**-0.5
+    exact, worst = at.ops(), 0.0
+    for kind in ("int8", "int4", "int4_symmetric"):
+        theirs = pack(at.reference, kind, weight, at.dtype)
+        for ops in (exact, at.ops(independent=False)):
+            ours = pack(ops, kind, weight, at.dtype)
+            for tokens in (1, 17) if at.tiny else (1, 5, 64, 300):
+                x = at.randn(tokens, columns)
+                got = ops.linear(x, ours)
+                worst = max(worst, error(got, at.reference.linear(x, theirs)))
+                if ops is exact and not torch.equal(got[:1], ops.linear(x[:1], ours)):
+                    return float("inf")
+    return worst
+
+
 def pack(ops: Ops, kind: str, weight: Tensor, dtype: torch.dtype) -> Linear:
     """The same matrix in any kind."""
     if kind == "dense":
@@ -283,6 +304,7 @@ NEAR: dict[str, Check] = {
         f"product, {kind}": product(kind)
         for kind in ("dense", "int8", "fp8", "int4", "int4_symmetric")
     },
+    "product, split": split_product,
     "experts": experts,
     "embedding": embedding,
 }

@@ -67,6 +67,7 @@ CHECKS = (
     ),
     check(15, "product, dense", "product, int8", "product, fp8"),
     check(20, "product, int4", "product, int4_symmetric"),
+    check(25, "product, split"),
     check(20, "experts", "rows between ranks", "rows to float8", "product, fp8 inputs"),
     check(15, "experts, fp8 inputs"),
     check(15, "embedding", "quantized vocabularies", "logits"),

@@ -37,10 +37,11 @@ SASS = """
 
 def test_spills_of_the_innermost_loop_are_counted() -> None:
     pytest.importorskip("triton")
-    from gpu.aot.binary import loop_spills
+    from gpu.aot.binary import loop_code, loop_spills
 
     assert loop_spills(SASS) == 1, "the store is in the outer loop"
     assert loop_spills(SASS.replace("LDL R2", "MOV R2")) == 0
+    assert loop_code(SASS) == {"loop_code": 11, "loop_matrix": 1}
 
 
 def test_limits_name_kernel_and_figure() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,8 @@ from triton.runtime import driver, jit
 from arriero.kernels.triton import tuning
 
 META = torch.device("meta")
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Multiprocessors of A100, H200 and B200, which decide how products are split."""
 
 
 @dataclass
@@ -97,11 +100,14 @@ def compiles_only(
 
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: nothing would be compiled"
     driver.set_active(gpu)
-    tuning._names.cache_clear()  # it holds the names of the GPU before
+    for cached in (tuning._names, tuning.split_rule):
+        cached.cache_clear()  # it holds what belongs to the GPU before
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS.get(gpu.capability, 132))
     patches: tuple[tuple[Any, str, Any], ...] = (
         (jit.JITFunction, "run", compiled),
         (torch.cuda, "get_device_name", lambda device=None: name),
         (torch.cuda, "get_device_capability", lambda device=None: divmod(gpu.capability, 10)),
+        (torch.cuda, "get_device_properties", lambda device=None: properties),
         # the backend asks a tensor which device's path to take
         (torch.Tensor, "is_cuda", property(lambda self: True)),
     )

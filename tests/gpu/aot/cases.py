@@ -39,6 +39,7 @@ from arriero.kernels.triton import (
 )
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.expert_weights import ExpertWeights
+from arriero.kernels.triton.four_bit_sizes import block_columns, data_shape
 from arriero.kernels.triton.weights import Packed
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -48,6 +49,7 @@ ROWS = (1, 37, 64, 2048)
 """Rows of products: a decode of one sequence, odd and even batches, a prefill."""
 PLAIN_STYLE = AttentionStyle()
 OPS = TritonOps(META, batch_independent=False)
+ARRIVALS = matmul.make_arrivals(META)
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -58,14 +60,16 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def packed(kind: str, out: int, inputs: int, group: int = 128, zeros: bool = False) -> Packed:
     """Weights [out, inputs] of any kind."""
     if kind in ("int4", "fp4"):
-        scales = empty(out, inputs // group, dtype=F32)
+        # scales in 16 bits, as checkpoints with groups of 128 and weights quantized on load have
+        scales = empty(inputs // group, out, dtype=torch.float16 if kind == "int4" else F32)
         return Packed(
             kind="int4" if kind == "int4" else "fp4",
-            data=empty(out, inputs // 2, dtype=torch.uint8),
+            data=empty(*data_shape(out, inputs, group), dtype=torch.uint8),
             in_features=inputs,
             scales=scales,
             zeros=scales if zeros else None,
             group_size=group,
+            block_columns=block_columns(inputs, group),
         )
     if kind == "dense":
         return Packed(kind="dense", data=empty(out, inputs), in_features=inputs)
@@ -136,7 +140,7 @@ def products(w: Packed, dtype: torch.dtype = BF16, independent: bool = False) ->
     """A product with few and with many rows."""
     for rows in ROWS:
         x = empty(rows, w.in_features, dtype=dtype)
-        matmul.matmul(x, w, batch_independent=independent)
+        matmul.matmul(x, w, arrivals=ARRIVALS, batch_independent=independent)
 
 
 def grouped(kind: str, dtype: torch.dtype = BF16, **more: Any) -> None:  # noqa: ANN401
@@ -286,7 +290,8 @@ SUBSET = "subset for every test run"
 
 def subset() -> None:
     """Kernels that compile in seconds: a product of a prefill, rows to float8, a sum of ranks."""
-    matmul.matmul(empty(2048, 4096), packed("int8", 4096, 4096), batch_independent=False)
+    w, x = packed("int8", 4096, 4096), empty(2048, 4096)
+    matmul.matmul(x, w, arrivals=ARRIVALS, batch_independent=False)
     float8.quantize_rows(empty(37, 53248), 1200.0)
     symmetric_sums.reduce(ranks_memory(2), empty(1, 4096), divides=False)
     ints = {name: empty(size, dtype=I32) for name, size in (("starts_E1", 17), ("tokens_X", 37))}
@@ -341,6 +346,10 @@ def _matmul_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     }
     for name, (kind, more) in kinds.items():
         yield f"matmul 8B gate_up {name}", partial(products, packed(kind, 28672, 4096, **more))
+    for name, kind in {"int8": "int8", "int4 g128": "int4"}.items():  # their columns are split
+        w = packed(kind, 2304, 16384)
+        yield f"matmul 405B/TP8 qkv {name}", partial(products, w)
+        yield f"matmul 405B/TP8 qkv {name} independent", partial(products, w, independent=True)
     yield "matmul 405B/TP8 down fp8, x f32", partial(products, packed("fp8", 16384, 6656), F32)
     for kind in ("dense", "int8"):
         w = packed(kind, 28672, 4096)

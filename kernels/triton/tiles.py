@@ -1,0 +1,217 @@
+"""A tile of a product with weights of any kind: columns in ascending order, sums in float32.
+
+The tile of some columns is the part that a program computes of a product whose columns are split.
+Levels of quantized weights are multiplied as they are (exact in bfloat16). A group's scale belongs
+to its sum; the scale of a row of int8 and float8 belongs to the whole sum, and the caller applies
+it. Rows and outputs past the last repeat the last; the caller does not store them.
+
+Knows addresses and blocks; knows nothing of launches. Shape legend: M rows, O outputs, K inputs of
+a step.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from arriero.kernels.triton.four_bit_sizes import PANEL
+from arriero.kernels.triton.launch import kernel
+from arriero.kernels.triton.levels import COMPILED, four_bit_levels
+
+_PANEL = tl.constexpr(PANEL)
+
+
+@kernel
+def _load_x(
+    x: tl.tensor,
+    row_M: tl.tensor,
+    column_K: tl.tensor,
+    valid_K: tl.tensor,
+    score_M: tl.tensor,
+    SCORED: tl.constexpr,
+    EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Inputs [M, K]; a row times its score is rounded to the dtype of x."""
+    at = x + row_M[:, None] + column_K[None, :]
+    if EVEN:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=valid_K[None, :], other=0.0)
+    if SCORED:
+        value = (value.to(tl.float32) * score_M[:, None]).to(x.dtype.element_ty)
+    return value.to(DOT)
+
+
+@kernel
+def multiply(
+    x: tl.tensor,
+    row_M: tl.tensor,
+    score_M: tl.tensor,
+    data: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    output_O: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    first_step: tl.tensor,
+    stop_step: tl.tensor,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    SCORED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """The sum [M, O] over the columns of steps first_step .. stop_step - 1, in float32.
+
+    `row_M` are offsets of rows of x, in elements. A step is BLOCKS blocks of COLUMNS columns of
+    four-bit weights, and BLOCK_K columns of others. EVEN: no step goes beyond the last column.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    last_O = tl.minimum(output_O, num_outputs - 1)
+    if KIND == "int4" or KIND == "fp4":
+        PAIRED: tl.constexpr = COLUMNS != GROUP
+        BYTES: tl.constexpr = _PANEL * ((COLUMNS + 1) // 2)
+        num_blocks = tl.cdiv(num_inputs, COLUMNS)
+        row_O = data + (last_O // _PANEL).to(tl.int64) * (num_blocks * BYTES)
+        row_O += last_O % _PANEL * (BYTES // _PANEL)
+        valid_O = output_O < num_outputs
+        for step in range(first_step, stop_step):
+            for within in tl.static_range(BLOCKS):
+                block = step * BLOCKS + within
+                stored = block if EVEN else tl.minimum(block, num_blocks - 1)
+                low, high, low_total, high_total = _multiply_block(
+                    x,
+                    row_M,
+                    score_M,
+                    row_O + stored * BYTES,
+                    block * COLUMNS,
+                    num_inputs,
+                    KIND,
+                    COLUMNS,
+                    PAIRED,
+                    HAS_ZEROS,
+                    SCORED,
+                    EVEN,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    DOT,
+                )
+                at_O = stored * (2 if PAIRED else 1) * num_outputs + output_O
+                acc = _add_group(acc, low, low_total, scales, zeros, at_O, valid_O, HAS_ZEROS)
+                if PAIRED:
+                    at_O += num_outputs
+                    acc = _add_group(acc, high, high_total, scales, zeros, at_O, valid_O, HAS_ZEROS)
+    else:
+        row_O = data + last_O.to(tl.int64) * num_inputs
+        for step in range(first_step, stop_step):
+            column = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            valid_K = column < num_inputs
+            x_MK = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
+            at = row_O[:, None] + column[None, :]
+            if EVEN:
+                w_OK = tl.load(at)
+            else:
+                w_OK = tl.load(at, mask=valid_K[None, :], other=0.0)
+            acc = tl.dot(x_MK, tl.trans(w_OK.to(DOT)), acc, input_precision="ieee")
+    return acc
+
+
+@kernel
+def _multiply_block(
+    x: tl.tensor,
+    row_M: tl.tensor,
+    score_M: tl.tensor,
+    bytes_O: tl.tensor,
+    first_column: tl.tensor,
+    num_inputs: tl.tensor,
+    KIND: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    SCORED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Sums of a block's columns by levels, and sums of the inputs: of each group of PAIRED groups.
+
+    Else all columns are in the first sums. `bytes_O` are addresses of the block, by row.
+    """
+    HALF: tl.constexpr = (COLUMNS + 1) // 2
+    low = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    high = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # short tiles have the matrix unit repeat a row's total for each output; see `_add_total`
+    WIDTH: tl.constexpr = BLOCK_N if COMPILED and BLOCK_M == 16 else 1
+    low_total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    high_total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    for start in tl.static_range(0, HALF, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        at = bytes_O[:, None] + j[None, :]
+        if EVEN:
+            both = tl.load(at)
+        else:
+            both = tl.load(at, mask=(j < HALF)[None, :], other=0)
+        w_low, w_high = four_bit_levels(both, KIND, HAS_ZEROS, DOT)
+        column = first_column + j
+        valid_K = (j < HALF) & (column < num_inputs)
+        x_low = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
+        column += HALF
+        valid_K = (j < HALF) & (j + HALF < COLUMNS) & (column < num_inputs)
+        x_high = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
+        low = tl.dot(x_low, tl.trans(w_low), low, input_precision="ieee")
+        if HAS_ZEROS:
+            low_total = _add_total(low_total, x_low, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        if PAIRED:
+            high = tl.dot(x_high, tl.trans(w_high), high, input_precision="ieee")
+            if HAS_ZEROS:
+                high_total = _add_total(high_total, x_high, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        else:
+            low = tl.dot(x_high, tl.trans(w_high), low, input_precision="ieee")
+            if HAS_ZEROS:
+                low_total = _add_total(low_total, x_high, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+    return low, high, low_total, high_total
+
+
+@kernel
+def _add_total(
+    total: tl.tensor,
+    x_MK: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Add the sums of rows; short tiles get them from the matrix unit, where they are needed."""
+    if COMPILED and BLOCK_M == 16:
+        ones = tl.full([BLOCK_K, BLOCK_N], 1.0, DOT)
+        total = tl.dot(x_MK, ones, total, input_precision="ieee")
+    else:
+        total += tl.sum(x_MK.to(tl.float32), 1)[:, None]
+    return total
+
+
+@kernel
+def _add_group(
+    acc: tl.tensor,
+    part: tl.tensor,
+    total: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    at_O: tl.tensor,
+    valid_O: tl.tensor,
+    HAS_ZEROS: tl.constexpr,
+) -> tl.tensor:
+    """Add (part - total * zero) * scale."""
+    if HAS_ZEROS:
+        zero_O = tl.load(zeros + at_O, mask=valid_O, other=0.0).to(tl.float32)
+        part = tl.fma(total, -zero_O[None, :], part)
+    scale_O = tl.load(scales + at_O, mask=valid_O, other=0.0).to(tl.float32)
+    return tl.fma(part, scale_O[None, :], acc)
