@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from arriero.kernels.backend import Backend
 from arriero.kernels.sizes import PLAIN, KvBlockSize, MatrixSize, PackedBytes
-from arriero.kernels.triton.four_bit_sizes import data_shape
+from arriero.kernels.triton.four_bit_sizes import four_bit_form
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TritonBackend(Backend):
-    """Pads four-bit weights to panels of rows and whole bytes; a bias has the products' dtype."""
+    """Pads four-bit weights to panels of rows and whole words; a bias has the products' dtype."""
 
     best_on = "cuda"
 
@@ -36,7 +36,8 @@ class TritonBackend(Backend):
         weights = rows * columns * PLAIN.get(matrix.precision, 1)
         scales = matrix.scales_nbytes(rows)
         if matrix.four_bits:
-            weights = math.prod(data_shape(rows, columns, min(matrix.group_size, columns)))
+            form = four_bit_form(columns, min(matrix.group_size, columns))
+            weights = 2 * math.prod(form.data_shape(rows))
         if matrix.precision == "int4" and matrix.half_scales:
             scales //= 2
         bias = PLAIN.get(matrix.precision, PLAIN["bfloat16"]) if matrix.bias else 0

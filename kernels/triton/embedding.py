@@ -11,13 +11,14 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.quantized_weight import INT4_ZERO
-from arriero.kernels.triton.four_bit_sizes import PANEL
+from arriero.kernels.triton.four_bit_sizes import PANEL, PLANES
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, rows_per_program
 from arriero.kernels.triton.weights import Packed
 
 BLOCK = 1024
 _INT4_ZERO = tl.constexpr(INT4_ZERO)
 _PANEL = tl.constexpr(PANEL)
+_PLANES = tl.constexpr(PLANES)
 
 
 @kernel
@@ -33,7 +34,7 @@ def _embed(
     size: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,12 +46,14 @@ def _embed(
     read = local & (column < size)
     row = row.to(tl.int64)
     if KIND == "int4":
-        HALF: tl.constexpr = (COLUMNS + 1) // 2
-        block, j = column // COLUMNS, column % COLUMNS
-        at = row // _PANEL * tl.cdiv(size, COLUMNS) + block  # of the panel's blocks
-        at = data + (at * _PANEL + row % _PANEL) * HALF + j % HALF
-        both = tl.load(at, mask=read, other=0)
-        level = tl.where(j < HALF, both & 15, both >> 4).to(tl.float32)
+        WORDS: tl.constexpr = (GROUP + PLANES - 1) // PLANES
+        BLOCK_COLUMNS: tl.constexpr = GROUP * (_PLANES // PLANES)
+        block, within = column // BLOCK_COLUMNS, column % GROUP
+        plane = column % BLOCK_COLUMNS // GROUP * PLANES + within // WORDS
+        at = row // _PANEL * tl.cdiv(size, BLOCK_COLUMNS) + block  # of the panel's blocks
+        at = data + (at * _PANEL + row % _PANEL) * WORDS + within % WORDS
+        word = tl.load(at, mask=read, other=0).to(tl.int32)
+        level = ((word >> 4 * plane) & 15).to(tl.float32)
         group = column // GROUP * num_rows + row
         zero = _INT4_ZERO
         if HAS_ZEROS:
@@ -88,7 +91,7 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
             size,
             KIND=table.kind,
             GROUP=table.group_size,
-            COLUMNS=table.block_columns,
+            PLANES=0 if table.form is None else table.form.planes,
             HAS_ZEROS=table.zeros is not None,
             ROWS=rows,
             BLOCK=block,

@@ -1,43 +1,54 @@
-"""How four-bit weights lie in memory: panels of rows, blocks of columns, two columns in a byte.
+"""How four-bit weights lie in memory: panels of rows, blocks of columns, four columns in a word.
 
 A panel has the blocks of eight rows one after the other, so that the bytes which the threads of a
-warp copy are adjacent. Byte j of a block has column j of the block in the low four bits, and the
-column half a block further in the high four bits, so that kernels read both parts of the inputs in
-order. Where groups are small, the low bits belong to one group and the high bits to the next: a
-matrix instruction then multiplies columns of a single group.
+warp copy are adjacent. A block has four planes of columns: 16-bit word j of a block has column j of
+plane p in its bits 4 p .. 4 p + 3, so that a kernel masks two columns of a plane at once, and reads
+the inputs of a plane in order. A plane has columns of a single group: its sum has a single scale.
 
 Knows sizes; knows nothing of tensors. Needs no torch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 PANEL = 8
 """Rows of a panel; the last panel is padded."""
-SMALL_GROUP = 64
-"""Columns of the largest group that shares its bytes with the next group."""
-STEP = 128
-"""Columns of a kernel's step, if blocks have fewer."""
+PLANES = 4
+"""Columns of a word."""
+MOST_COLUMNS = 128
+"""Columns of the largest block of several groups."""
 
 
-def block_columns(in_features: int, group_size: int) -> int:
-    """Columns of a block: a group, or two small groups if their number is even.
+@dataclass(frozen=True, slots=True)
+class FourBitForm:
+    """The blocks of a row.
 
-    Args:
-        in_features: columns of a row.
-        group_size: columns that share a scale, at most `in_features`.
+    Attributes:
+        groups: groups of a block: 1, 2 or 4. Blocks are whole: the groups of a row divide by it.
+        words: words of a block, which are the columns of a plane.
+        blocks: blocks of a row; the columns past the last are padded.
     """
+
+    groups: int
+    words: int
+    blocks: int
+
+    @property
+    def planes(self) -> int:
+        """Planes of a group."""
+        return PLANES // self.groups
+
+    def data_shape(self, out_features: int) -> tuple[int, int, int, int]:
+        """Panels, blocks of a row, rows of a panel and words of a block, as they lie in memory."""
+        return -(-out_features // PANEL), self.blocks, PANEL, self.words
+
+
+def four_bit_form(in_features: int, group_size: int) -> FourBitForm:
+    """The blocks of rows of `in_features` columns, of which `group_size` share a scale."""
     num_groups = -(-in_features // group_size)
-    return group_size * (2 if group_size <= SMALL_GROUP and num_groups % 2 == 0 else 1)
-
-
-def data_shape(
-    out_features: int, in_features: int, group_size: int
-) -> tuple[int, int, int, int]:
-    """Panels, blocks of a row, rows of a panel and bytes of a block, as the bytes lie in memory."""
-    columns = block_columns(in_features, group_size)
-    return (
-        -(-out_features // PANEL),
-        -(-in_features // columns),
-        PANEL,
-        -(-columns // 2),
-    )
+    groups = PLANES
+    while groups > 1 and (num_groups % groups or groups * group_size > MOST_COLUMNS):
+        groups //= 2
+    planes = PLANES // groups
+    return FourBitForm(groups, -(-group_size // planes), num_groups // groups)

@@ -19,7 +19,7 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.triton import tuning
 from arriero.kernels.triton.expert_weights import ExpertWeights
-from arriero.kernels.triton.four_bit_sizes import STEP
+from arriero.kernels.triton.four_bit_sizes import MOST_COLUMNS
 from arriero.kernels.triton.launch import (
     EXACT,
     INTERPRETED,
@@ -122,7 +122,7 @@ def _matmul(
     SWIZZLE: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCKS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -144,7 +144,7 @@ def _matmul(
         first = (tl.program_id(1) + part) * part_steps
         stop = tl.minimum(first + part_steps, num_steps)
         acc += multiply(x, row_M, row_M, data, scales, zeros, output, num_outputs, num_inputs,
-                        first, stop, KIND, GROUP, COLUMNS, BLOCKS, HAS_ZEROS, False, EVEN,
+                        first, stop, KIND, GROUP, PLANES, BLOCKS, HAS_ZEROS, False, EVEN,
                         BLOCK_M, BLOCK_N, BLOCK_K, DOT)  # fmt: skip
     at = row.to(tl.int64)[:, None] * num_outputs + output[None, :]
     valid = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
@@ -181,7 +181,7 @@ def _grouped_matmul(
     PERMUTES: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCKS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -211,7 +211,7 @@ def _grouped_matmul(
         source = tl.load(tokens + source)
     row_M = source.to(tl.int64) * x_stride
     acc = multiply(x, row_M, score, data, scales, zeros, output, num_outputs, num_inputs,
-                   0, num_steps, KIND, GROUP, COLUMNS, BLOCKS, HAS_ZEROS, PERMUTES, EVEN,
+                   0, num_steps, KIND, GROUP, PLANES, BLOCKS, HAS_ZEROS, PERMUTES, EVEN,
                    BLOCK_M, BLOCK_N, BLOCK_K, DOT)  # fmt: skip
     at = row.to(tl.int64)[:, None] * num_outputs + output[None, :]
     valid = (row < stop_row)[:, None] & (output < num_outputs)[None, :]
@@ -354,31 +354,33 @@ _STORAGE_TYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
-    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 
 
 def _constants(w: Packed, blocks: MatmulBlocks) -> tuple[dict[str, Any], int]:
     """Constants of a kernel, and columns of a step."""
-    block_k, step, columns = blocks.block_k, blocks.block_k, w.block_columns
-    fits = True
-    if w.four_bits:
-        half = -(-columns // 2)
-        block_k = min(block_k, power_of_two(half, 16))
-        step = columns * max(1, STEP // columns)
-        fits = columns == 2 * half and half % block_k == 0
+    block_k, step, fits = blocks.block_k, blocks.block_k, True
+    planes, step_blocks = 0, 1
+    if w.form is not None:
+        planes, words = w.form.planes, w.form.words
+        columns = w.group_size * w.form.groups
+        step_blocks = max(1, MOST_COLUMNS // columns)
+        step = columns * step_blocks
+        block_k = min(block_k, power_of_two(words, 16))
+        fits = planes * words == w.group_size and words % block_k == 0
     constants = {
         "KIND": w.kind,
-        "GROUP": w.group_size if w.four_bits else 0,
-        "COLUMNS": columns,
-        "BLOCKS": step // columns if w.four_bits else 1,
+        "GROUP": 0 if w.form is None else w.group_size,
+        "PLANES": planes,
+        "BLOCKS": step_blocks,
         "HAS_ZEROS": w.zeros is not None,
         "EVEN": fits and w.in_features % step == 0,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "BLOCK_K": block_k,
-        "DOT": dot_type(w.data.dtype),
+        "DOT": dot_type(w.data.dtype if w.form is None else torch.int8),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }

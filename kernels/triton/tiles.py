@@ -12,11 +12,12 @@ a step.
 from __future__ import annotations
 
 import triton.language as tl
-from arriero.kernels.triton.four_bit_sizes import PANEL
+from arriero.kernels.triton.four_bit_sizes import PANEL, PLANES
 from arriero.kernels.triton.launch import kernel
 from arriero.kernels.triton.levels import COMPILED, four_bit_levels
 
 _PANEL = tl.constexpr(PANEL)
+_PLANES = tl.constexpr(PLANES)
 
 
 @kernel
@@ -56,7 +57,7 @@ def multiply(
     stop_step: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCKS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCORED: tl.constexpr,
@@ -68,45 +69,26 @@ def multiply(
 ) -> tl.tensor:
     """The sum [M, O] over the columns of steps first_step .. stop_step - 1, in float32.
 
-    `row_M` are offsets of rows of x, in elements. A step is BLOCKS blocks of COLUMNS columns of
-    four-bit weights, and BLOCK_K columns of others. EVEN: no step goes beyond the last column.
+    `row_M` are offsets of rows of x, in elements. A step is BLOCKS blocks of four-bit weights with
+    PLANES planes of each group, and BLOCK_K columns of others. EVEN: no step and no plane goes
+    beyond the last column.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     last_O = tl.minimum(output_O, num_outputs - 1)
     if KIND == "int4" or KIND == "fp4":
-        PAIRED: tl.constexpr = COLUMNS != GROUP
-        BYTES: tl.constexpr = _PANEL * ((COLUMNS + 1) // 2)
-        num_blocks = tl.cdiv(num_inputs, COLUMNS)
-        row_O = data + (last_O // _PANEL).to(tl.int64) * (num_blocks * BYTES)
-        row_O += last_O % _PANEL * (BYTES // _PANEL)
-        valid_O = output_O < num_outputs
+        GROUPS: tl.constexpr = _PLANES // PLANES
+        SIZE: tl.constexpr = _PANEL * ((GROUP + PLANES - 1) // PLANES)
+        num_blocks = tl.cdiv(num_inputs, GROUP * GROUPS)
+        row_O = data + (last_O // _PANEL).to(tl.int64) * (num_blocks * SIZE)
+        row_O += last_O % _PANEL * (SIZE // _PANEL)
         for step in range(first_step, stop_step):
             for within in tl.static_range(BLOCKS):
                 block = step * BLOCKS + within
                 stored = block if EVEN else tl.minimum(block, num_blocks - 1)
-                low, high, low_total, high_total = _multiply_block(
-                    x,
-                    row_M,
-                    score_M,
-                    row_O + stored * BYTES,
-                    block * COLUMNS,
-                    num_inputs,
-                    KIND,
-                    COLUMNS,
-                    PAIRED,
-                    HAS_ZEROS,
-                    SCORED,
-                    EVEN,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    DOT,
-                )
-                at_O = stored * (2 if PAIRED else 1) * num_outputs + output_O
-                acc = _add_group(acc, low, low_total, scales, zeros, at_O, valid_O, HAS_ZEROS)
-                if PAIRED:
-                    at_O += num_outputs
-                    acc = _add_group(acc, high, high_total, scales, zeros, at_O, valid_O, HAS_ZEROS)
+                acc = _add_block(acc, x, row_M, score_M, row_O + stored * SIZE, scales, zeros,
+                                 output_O, num_outputs, num_inputs, block, stored, KIND, GROUP,
+                                 PLANES, HAS_ZEROS, SCORED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+                                 DOT)  # fmt: skip
     else:
         row_O = data + last_O.to(tl.int64) * num_inputs
         for step in range(first_step, stop_step):
@@ -123,16 +105,22 @@ def multiply(
 
 
 @kernel
-def _multiply_block(
+def _add_block(
+    acc: tl.tensor,
     x: tl.tensor,
     row_M: tl.tensor,
     score_M: tl.tensor,
-    bytes_O: tl.tensor,
-    first_column: tl.tensor,
+    words_O: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    output_O: tl.tensor,
+    num_outputs: tl.tensor,
     num_inputs: tl.tensor,
+    block: tl.tensor,
+    stored: tl.tensor,
     KIND: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PAIRED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCORED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -140,44 +128,37 @@ def _multiply_block(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Sums of a block's columns by levels, and sums of the inputs: of each group of PAIRED groups.
+) -> tl.tensor:
+    """Add the columns of a block, group by group; `words_O` are addresses of the block, by row.
 
-    Else all columns are in the first sums. `bytes_O` are addresses of the block, by row.
+    `stored` is the block or, past the last, the last block: the inputs are 0 there.
     """
-    HALF: tl.constexpr = (COLUMNS + 1) // 2
-    low = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    high = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    GROUPS: tl.constexpr = _PLANES // PLANES
+    WORDS: tl.constexpr = (GROUP + PLANES - 1) // PLANES
     # short tiles have the matrix unit repeat a row's total for each output; see `_add_total`
     WIDTH: tl.constexpr = BLOCK_N if COMPILED and BLOCK_M == 16 else 1
-    low_total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    high_total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    for start in tl.static_range(0, HALF, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        at = bytes_O[:, None] + j[None, :]
-        if EVEN:
-            both = tl.load(at)
-        else:
-            both = tl.load(at, mask=(j < HALF)[None, :], other=0)
-        w_low, w_high = four_bit_levels(both, KIND, HAS_ZEROS, DOT)
-        column = first_column + j
-        valid_K = (j < HALF) & (column < num_inputs)
-        x_low = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
-        column += HALF
-        valid_K = (j < HALF) & (j + HALF < COLUMNS) & (column < num_inputs)
-        x_high = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
-        low = tl.dot(x_low, tl.trans(w_low), low, input_precision="ieee")
-        if HAS_ZEROS:
-            low_total = _add_total(low_total, x_low, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-        if PAIRED:
-            high = tl.dot(x_high, tl.trans(w_high), high, input_precision="ieee")
-            if HAS_ZEROS:
-                high_total = _add_total(high_total, x_high, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-        else:
-            low = tl.dot(x_high, tl.trans(w_high), low, input_precision="ieee")
-            if HAS_ZEROS:
-                low_total = _add_total(low_total, x_high, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-    return low, high, low_total, high_total
+    for group in tl.static_range(GROUPS):
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        for start in tl.static_range(0, WORDS, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            at = words_O[:, None] + j[None, :]
+            # the groups of a block load the same words: the compiler keeps one load
+            word = tl.load(at) if EVEN else tl.load(at, mask=(j < WORDS)[None, :], other=0)
+            levels = four_bit_levels(word, KIND, HAS_ZEROS, DOT)
+            for plane in tl.static_range(PLANES):
+                within = plane * WORDS + j
+                column = (block * GROUPS + group) * GROUP + within
+                valid_K = (j < WORDS) & (within < GROUP) & (column < num_inputs)
+                x_MK = _load_x(x, row_M, column, valid_K, score_M, SCORED, EVEN, DOT)
+                w_OK = levels[group * PLANES + plane]
+                part = tl.dot(x_MK, tl.trans(w_OK), part, input_precision="ieee")
+                if HAS_ZEROS:
+                    total = _add_total(total, x_MK, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        at_O = (stored * GROUPS + group) * num_outputs + output_O
+        valid_O = output_O < num_outputs
+        acc = _add_group(acc, part, total, scales, zeros, at_O, valid_O, HAS_ZEROS)
+    return acc
 
 
 @kernel

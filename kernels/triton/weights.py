@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.kernels.quantized_weight import FOUR_BITS, QuantizedWeight, stack
-from arriero.kernels.triton.four_bit_sizes import block_columns, data_shape
+from arriero.kernels.triton.four_bit_sizes import PLANES, FourBitForm, four_bit_form
 from arriero.kernels.triton.upload import Upload
 
 Kind = Literal["dense", "int8", "fp8", "int4", "fp4"]
@@ -27,13 +27,13 @@ class Packed:
 
     Attributes:
         kind: dense, or a `QuantKind`.
-        data: dense, int8, fp8: [O, I] as stored. int4, fp4: uint8 [P, B, 8, bytes of a block]; see
+        data: dense, int8, fp8: [O, I] as stored. int4, fp4: int16 [P, B, 8, words of a block]; see
             `four_bit_sizes`.
         scales: None when dense. int8, fp8: float32 [O, 1]. int4, fp4: [G, O], so that the scales of
             a tile are adjacent; float16 where the weights have `half_scales`, else float32.
         zeros: as the scales, for int4 with zero points, else None.
         group_size: columns that share a scale.
-        block_columns: columns of a block, of four-bit kinds.
+        form: of four-bit kinds.
         bias: [O], in the dtype of the addition; None for none.
     """
 
@@ -43,18 +43,13 @@ class Packed:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     group_size: int = 0
-    block_columns: int = 0
+    form: FourBitForm | None = None
     bias: Tensor | None = None
-
-    @property
-    def four_bits(self) -> bool:
-        """Whether a byte has two columns."""
-        return self.kind in FOUR_BITS
 
     @property
     def out_features(self) -> int:
         """O."""
-        if self.four_bits:
+        if self.kind in FOUR_BITS:
             assert self.scales is not None, "four-bit weights have scales"
             return self.scales.shape[1]
         return self.data.shape[0]
@@ -95,10 +90,10 @@ def pack_quantized(
     data, scales, zeros = whole.data, whole.scales, whole.zeros
     if whole.row_scales is not None:
         scales = scales * whole.row_scales
-    group_size, columns = min(whole.group_size, whole.in_features), 0
+    group_size, form = min(whole.group_size, whole.in_features), None
     if whole.four_bits:
-        columns = block_columns(whole.in_features, group_size)
-        data = _panels(whole, group_size, columns)
+        form = four_bit_form(whole.in_features, group_size)
+        data = _panels(whole, group_size, form)
         scales = _by_group(scales, whole.half_scales)
         zeros = None if zeros is None else _by_group(zeros, whole.half_scales)
     on_device = torch.empty(data.shape, dtype=data.dtype, device=device)
@@ -110,7 +105,7 @@ def pack_quantized(
         scales=scales.to(device),
         zeros=None if zeros is None else zeros.to(device),
         group_size=group_size,
-        block_columns=columns,
+        form=form,
         bias=_bias(bias_O, torch.bfloat16, device),
     )
 
@@ -126,14 +121,16 @@ def _by_group(value_OG: Tensor, half: bool) -> Tensor:
     return value_GO.half() if half else value_GO
 
 
-def _panels(weight: QuantizedWeight, group_size: int, columns: int) -> Tensor:
-    """Bytes of four-bit kinds in the form of `Packed`; rows and columns past the last have 0."""
-    shape = data_shape(weight.out_features, weight.in_features, group_size)
-    panels, blocks, panel, half = shape
+def _panels(weight: QuantizedWeight, group_size: int, form: FourBitForm) -> Tensor:
+    """Words of four-bit kinds in the form of `Packed`; rows and columns past the last have 0."""
+    panels, blocks, panel, words = form.data_shape(weight.out_features)
+    rows, groups = panels * panel, blocks * form.groups
     q_OI = torch.stack([weight.data & 15, weight.data >> 4], dim=-1).flatten(1)
     q_OI = q_OI[:, : weight.in_features]
-    padding = (0, blocks * columns - weight.in_features, 0, panels * panel - weight.out_features)
-    q_OBC = F.pad(q_OI, padding).view(panels * panel, blocks, columns)
-    q_OBC = F.pad(q_OBC, (0, 2 * half - columns))
-    bytes_OBj = q_OBC[..., :half] | q_OBC[..., half:] << 4
-    return bytes_OBj.view(panels, panel, blocks, half).transpose(1, 2).contiguous()
+    padding = (0, groups * group_size - weight.in_features, 0, rows - weight.out_features)
+    q_OGC = F.pad(q_OI, padding).view(rows, groups, group_size)
+    q_OGC = F.pad(q_OGC, (0, form.planes * words - group_size))
+    q_OBPj = q_OGC.reshape(rows, blocks, PLANES, words)
+    low, high = (q_OBPj[:, :, p] | q_OBPj[:, :, p + 1] << 4 for p in (0, 2))
+    words_OBj = torch.stack([low, high], dim=-1).view(torch.int16).squeeze(-1)
+    return words_OBj.view(panels, panel, blocks, words).transpose(1, 2).contiguous()

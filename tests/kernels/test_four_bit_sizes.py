@@ -11,7 +11,7 @@ from arriero.kernels.quantize import quantize_int4
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.registry import BACKENDS
 from arriero.kernels.sizes import MatrixSize
-from arriero.kernels.triton.four_bit_sizes import block_columns, data_shape
+from arriero.kernels.triton.four_bit_sizes import PLANES, four_bit_form
 
 weights = pytest.importorskip("arriero.kernels.triton.weights", reason="needs triton")
 upload = pytest.importorskip("arriero.kernels.triton.upload", reason="needs triton")
@@ -56,14 +56,28 @@ def test_every_number_has_its_place(shape: tuple[int, int, int]) -> None:
     rows, columns, group = shape
     weight = quantized(*shape)
     packed = weights.pack_quantized([weight], None, CPU, upload.Upload(CPU))
-    assert packed.data.shape == data_shape(rows, columns, min(group, columns))
-    wide = block_columns(columns, min(group, columns))
-    half = -(-wide // 2)
+    group = min(group, columns)
+    form = four_bit_form(columns, group)
+    assert packed.data.shape == form.data_shape(rows)
     levels = weight.levels()
     for row in range(rows):
         for column in range(columns):
-            j = column % wide
-            byte = int(packed.data[row // 8, column // wide, row % 8, j % half])
-            assert (byte & 15 if j < half else byte >> 4) == levels[row, column], (row, column)
+            block, rest = divmod(column, group * form.groups)
+            in_block, within = divmod(rest, group)
+            plane = in_block * form.planes + within // form.words
+            word = int(packed.data[row // 8, block, row % 8, within % form.words])
+            assert word >> 4 * plane & 15 == levels[row, column], (row, column)
     assert packed.zeros is not None and weight.zeros is not None
     assert torch.equal(packed.zeros.T, weight.zeros)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "groups", "words"),
+    [(4096, 128, 1, 32), (4096, 64, 2, 32), (4096, 32, 4, 32), (4096, 16, 4, 16), (96, 32, 1, 8)],
+)
+def test_a_plane_has_columns_of_one_group(
+    columns: int, group: int, groups: int, words: int
+) -> None:
+    form = four_bit_form(columns, group)
+    assert (form.groups, form.words) == (groups, words)
+    assert form.planes * form.groups == PLANES and form.planes * form.words == group

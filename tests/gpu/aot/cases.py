@@ -39,7 +39,7 @@ from arriero.kernels.triton import (
 )
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.expert_weights import ExpertWeights
-from arriero.kernels.triton.four_bit_sizes import block_columns, data_shape
+from arriero.kernels.triton.four_bit_sizes import four_bit_form
 from arriero.kernels.triton.weights import Packed
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -60,16 +60,17 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def packed(kind: str, out: int, inputs: int, group: int = 128, zeros: bool = False) -> Packed:
     """Weights [out, inputs] of any kind."""
     if kind in ("int4", "fp4"):
+        form = four_bit_form(inputs, group)
         # scales in 16 bits, as checkpoints with groups of 128 and weights quantized on load have
         scales = empty(inputs // group, out, dtype=torch.float16 if kind == "int4" else F32)
         return Packed(
             kind="int4" if kind == "int4" else "fp4",
-            data=empty(*data_shape(out, inputs, group), dtype=torch.uint8),
+            data=empty(*form.data_shape(out), dtype=torch.int16),
             in_features=inputs,
             scales=scales,
             zeros=scales if zeros else None,
             group_size=group,
-            block_columns=block_columns(inputs, group),
+            form=form,
         )
     if kind == "dense":
         return Packed(kind="dense", data=empty(out, inputs), in_features=inputs)
