@@ -19,7 +19,6 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.triton import tuning
 from arriero.kernels.triton.expert_weights import ExpertWeights
-from arriero.kernels.triton.four_bit_sizes import MOST_COLUMNS
 from arriero.kernels.triton.launch import (
     EXACT,
     INTERPRETED,
@@ -35,6 +34,8 @@ from arriero.kernels.triton.weights import Packed
 
 SWIZZLE = 8
 """Tiles of rows that use the same tile of weights while the L2 cache has the tile."""
+MOST_WORDS = 64
+"""Words of four-bit weights that are multiplied at once: four registers come from each pair."""
 MOST_ARRIVALS = 1024
 """Tiles of the largest product whose parts are computed by several programs."""
 
@@ -366,9 +367,9 @@ def _constants(w: Packed, blocks: MatmulBlocks) -> tuple[dict[str, Any], int]:
     if w.form is not None:
         planes, words = w.form.planes, w.form.words
         columns = w.group_size * w.form.groups
-        step_blocks = max(1, MOST_COLUMNS // columns)
+        step_blocks = max(1, blocks.block_k // columns)
         step = columns * step_blocks
-        block_k = min(block_k, power_of_two(words, 16))
+        block_k = min(MOST_WORDS, power_of_two(words, 16))
         fits = planes * words == w.group_size and words % block_k == 0
     constants = {
         "KIND": w.kind,

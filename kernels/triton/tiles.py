@@ -155,9 +155,12 @@ def _add_block(
                 part = tl.dot(x_MK, tl.trans(w_OK), part, input_precision="ieee")
                 if HAS_ZEROS:
                     total = _add_total(total, x_MK, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-        at_O = (stored * GROUPS + group) * num_outputs + output_O
+        first = (stored * GROUPS + group) * num_outputs
+        group_zeros = zeros + first if HAS_ZEROS else zeros
         valid_O = output_O < num_outputs
-        acc = _add_group(acc, part, total, scales, zeros, at_O, valid_O, HAS_ZEROS)
+        acc = _add_group(
+            acc, part, total, scales + first, group_zeros, output_O, valid_O, HAS_ZEROS
+        )
     return acc
 
 
@@ -186,13 +189,13 @@ def _add_group(
     total: tl.tensor,
     scales: tl.tensor,
     zeros: tl.tensor,
-    at_O: tl.tensor,
+    output_O: tl.tensor,
     valid_O: tl.tensor,
     HAS_ZEROS: tl.constexpr,
 ) -> tl.tensor:
-    """Add (part - total * zero) * scale."""
+    """Add (part - total * zero) * scale; `scales` and `zeros` are the addresses of the group."""
     if HAS_ZEROS:
-        zero_O = tl.load(zeros + at_O, mask=valid_O, other=0.0).to(tl.float32)
+        zero_O = tl.load(zeros + output_O, mask=valid_O, other=0.0).to(tl.float32)
         part = tl.fma(total, -zero_O[None, :], part)
-    scale_O = tl.load(scales + at_O, mask=valid_O, other=0.0).to(tl.float32)
+    scale_O = tl.load(scales + output_O, mask=valid_O, other=0.0).to(tl.float32)
     return tl.fma(part, scale_O[None, :], acc)

@@ -63,7 +63,10 @@ class AttentionBlocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatmulBlocks:
-    """Blocks of a matmul [M, I] x [O, I]: a tile is block_m x block_n, a step block_k columns."""
+    """Blocks of a matmul [M, I] x [O, I]: a tile is block_m x block_n, a step block_k columns.
+
+    A step of four-bit weights has whole blocks of columns (`four_bit_sizes`), at least one.
+    """
 
     block_m: int
     block_n: int

@@ -1,4 +1,4 @@
-"""The form of four-bit weights on a GPU: bytes as the planner counts them, places of the numbers."""
+"""Four-bit weights on a GPU: bytes as the planner counts them, places of the numbers."""
 
 from __future__ import annotations
 
