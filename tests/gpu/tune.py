@@ -60,7 +60,7 @@ def _product_choices(rows: int, tiny: bool) -> Iterator[Settings]:
         yield {"num_warps": 4}
         return
     if rows <= 16:
-        for n, k, stages in product((32, 64, 128), (64, 128), (3, 5)):
+        for n, k, stages in product((64, 128), (128, 256), (3, 5)):
             yield {"block_m": 16, "block_n": n, "block_k": k, "num_warps": 4, "num_stages": stages}
     else:
         for m, n, stages in product((64, 128), (64, 128), (3, 4)):
