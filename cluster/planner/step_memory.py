@@ -24,6 +24,8 @@ PAIR_BYTES = 32 << 20
 """Bytes of a communicator between two ranks for sends: NCCL gives it fewer channels."""
 MOST_SPLITS = 64
 """Splits of a context in a decode's attention on a GPU; `most_splits` of kernels/triton."""
+PROMPT_SPLITS_BYTES = 128 << 20
+"""Most bytes of the splits of a prompt's rows; `PARTS_NBYTES` of kernels/triton/prefill.py."""
 DRAFT_ROWS = 64
 """Rows of the largest graph of a group with drafts and fewer sequences; `graph_rows` of CUDA."""
 _MOST_TILES = 17  # tiles of an image: 16, and the whole image
@@ -71,9 +73,13 @@ def activation_bytes(
 
 
 def split_bytes(config: AnyModel, part: AnyPart, demand: KvDemand) -> int:
-    """Bytes of the partial results of a decode's attention on a GPU: float32, for each split."""
-    heads = demand.max_sequences * part.q_heads.size
-    return heads * MOST_SPLITS * (config.head_dim + 2) * 4
+    """Bytes of the partial results of attention on a GPU: float32, for each split.
+
+    Of a decode of all sequences, or of a prompt's last tokens.
+    """
+    head = part.q_heads.size * MOST_SPLITS * (config.head_dim + 2) * 4
+    prompt = min(demand.max_batch_tokens * head, PROMPT_SPLITS_BYTES)
+    return max(demand.max_sequences * head, prompt)
 
 
 def communicators(part: AnyPart, layout: ParallelConfig) -> tuple[int, int]:

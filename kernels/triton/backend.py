@@ -62,8 +62,9 @@ class TritonOps(Ops):
         batch_independent: each matrix product uses the same kernel and blocks for any number of
             rows, so that the bits of a row do not depend on the other rows. Otherwise the vendor
             library multiplies unquantized weights and chooses its kernel by the number of rows,
-            and quantized products choose blocks by the number of rows. All other ops are
-            independent of the batch in both cases.
+            and quantized products choose blocks by the number of rows; and decodes have tiles of
+            few rows, so that a token's bits depend on whether it is a sequence's only new token.
+            All other ops are independent of the batch in both cases.
     """
 
     name = "triton"
@@ -219,7 +220,8 @@ class TritonOps(Ops):
         blocks = attention_blocks(q_TND.device, dim, kv.spec.dtype)
         # Each kernel skips the sequences of the other; only the device knows which kinds exist.
         if batch.max_query == 1 or batch.context_S.shape[0] > 1:
-            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, mask, blocks)
+            tile = blocks if self.batch_independent else blocks.fast
+            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, mask, tile)
         if batch.max_query > 1:
             attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, mask, blocks)
         return out_TND.view(num_tokens, num_heads * dim)

@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
-from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
+from arriero.kernels.triton.launch import kernel
 from arriero.kernels.triton.softmax import (
     attend_keys,
+    empty_parts,
     first_seen,
-    fold,
+    fold_options,
+    heads_per_fold,
     leading_splits,
     mask_flags,
     options,
-    quotient,
     span_of,
     split_length,
+    store_folded,
 )
 from arriero.kernels.triton.tuning import AttentionBlocks
+from arriero.kernels.triton.widen import scaled_queries
 
 PROGRAMS = 1024
 """Largest number of programs; enough to fill a GPU several times."""
-_FOLD_HEADS = 4
 
 
 @kernel
@@ -67,7 +68,8 @@ def _decode_splits(
     WINDOWED: tl.constexpr,
     SINKS: tl.constexpr,
     KV_INT8: tl.constexpr,
-    DOT: tl.constexpr,
+    QK: tl.constexpr,
+    PV: tl.constexpr,
 ) -> None:
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -81,8 +83,8 @@ def _decode_splits(
     valid_MD = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     head = kv_head * GROUP + row
     at_MD = q + token.to(tl.int64) * q_stride + head[:, None] * q_head_stride + d[None, :]
-    q_MD = tl.load(at_MD, mask=valid_MD, other=0.0).to(DOT)
-    first_M = tl.where(row < GROUP, lowest, 1)
+    q_MD, scale_M = scaled_queries(tl.load(at_MD, mask=valid_MD, other=0.0), scale, QK)
+    first_M = tl.where(row < GROUP, lowest, 1)  # rows without a key: the compiler leaves half out
     last_M = tl.where(row < GROUP, position, 0)
     table = tables + sequence.to(tl.int64) * table_stride
     length = split_length(position, SPLIT, MOST)
@@ -109,7 +111,7 @@ def _decode_splits(
             cache,
             scales,
             kv_head,
-            scale,
+            scale_M,
             m_M,
             l_M,
             acc_MD,
@@ -120,7 +122,8 @@ def _decode_splits(
             BLOCK_D,
             SINKS,
             KV_INT8,
-            DOT,
+            QK,
+            PV,
         )
         line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + i
         tl.store(part_m + line, m_M, mask=row < GROUP)
@@ -157,23 +160,20 @@ def _decode_fold(
     first_split = first_seen(position, span, CHUNKED, WINDOWED) // length
     count = position // length + 1 - first_split
     count += leading_splits(first_split, length, sinks, SINKS)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    d = tl.arange(0, BLOCK_D)
-    valid = head < Q_HEADS
-    valid_MD = valid[:, None] & (d < HEAD_DIM)[None, :]
-    m_M = tl.full([HEADS], -float("inf"), tl.float32)
-    l_M = tl.zeros([HEADS], tl.float32)
-    acc_MD = tl.zeros([HEADS, BLOCK_D], tl.float32)
-    line = (sequence.to(tl.int64) * Q_HEADS + head) * MOST
-    for i in range(0, count):
-        at = line + i
-        m2_M = tl.load(part_m + at, mask=valid, other=-float("inf"))
-        l2_M = tl.load(part_l + at, mask=valid, other=0.0)
-        at_MD = part_acc + at[:, None] * HEAD_DIM + d[None, :]
-        acc2_MD = tl.load(at_MD, mask=valid_MD, other=0.0)
-        m_M, l_M, acc_MD = fold(m_M, l_M, acc_MD, m2_M, l2_M, acc2_MD)
-    to = out + (token.to(tl.int64) * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(to, quotient(acc_MD, l_M).to(out.dtype.element_ty), mask=valid_MD)
+    store_folded(
+        part_m,
+        part_l,
+        part_acc,
+        out,
+        sequence,
+        token,
+        count,
+        Q_HEADS,
+        HEAD_DIM,
+        HEADS,
+        BLOCK_D,
+        MOST,
+    )
 
 
 def attend_decodes(
@@ -193,10 +193,7 @@ def attend_decodes(
     group = q_heads // kv_heads
     splits = min(blocks.most_splits, -(-batch.max_context // blocks.split))
     lanes = min(splits, max(1, PROGRAMS // (num_sequences * kv_heads)))
-    shape = (num_sequences, q_heads, blocks.most_splits)
-    part_m = torch.empty(shape, dtype=torch.float32, device=q_TND.device)
-    part_l = torch.empty_like(part_m)
-    part_acc = torch.empty(*shape, dim, dtype=torch.float32, device=q_TND.device)
+    part_m, part_l, part_acc = empty_parts(num_sequences, q_TND, blocks)
     _decode_splits[(num_sequences, kv_heads, lanes)](
         q_TND,
         batch.query_start_S1,
@@ -216,8 +213,7 @@ def attend_decodes(
         lanes,
         **options(kv.spec, group, blocks, mask),
     )
-    heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
-    _decode_fold[(num_sequences, -(-q_heads // heads))](
+    _decode_fold[(num_sequences, -(-q_heads // heads_per_fold(q_heads)))](
         batch.query_start_S1,
         batch.positions_T,
         part_m,
@@ -226,13 +222,6 @@ def attend_decodes(
         out_TND,
         span_of(mask),
         mask.sinks,
-        Q_HEADS=q_heads,
-        HEAD_DIM=dim,
-        HEADS=heads,
-        BLOCK_D=power_of_two(dim, 16),
-        SPLIT=blocks.split,
-        MOST=blocks.most_splits,
         **mask_flags(mask),
-        num_warps=4,
-        **EXACT,
+        **fold_options(q_heads, dim, blocks),
     )

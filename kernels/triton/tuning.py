@@ -24,7 +24,7 @@ class AttentionBlocks:
     """Blocks of the attention kernels; `block_n`, `split` and `most_splits` order the sums.
 
     Attributes:
-        block_m: rows (heads of a group) of a decode's tile; from 64 on Hopper's asynchronous
+        block_m: rows (heads of a group) of an exact decode's tile; from 64 on Hopper's asynchronous
             matrix instructions run, in prefill and decode, so that both sum in the same order.
         block_n: keys of a tile.
         split: keys of the shortest split of a context; a multiple of `block_n`.
@@ -34,6 +34,8 @@ class AttentionBlocks:
         prefill_block_m: rows (queries times heads of a group) of a prefill's tile.
         prefill_num_warps, prefill_num_stages: launch options of a prefill. The rows of a tile for
             each warp are as many as in a decode, so that a row's sums have the same order.
+        fast_block_m, fast_block_n, fast_num_warps, fast_num_stages: a decode's tile and launch
+            options where its bits may differ from a prefill's.
     """
 
     block_m: int
@@ -45,10 +47,16 @@ class AttentionBlocks:
     prefill_block_m: int
     prefill_num_warps: int
     prefill_num_stages: int
+    fast_block_m: int
+    fast_block_n: int
+    fast_num_warps: int
+    fast_num_stages: int
 
     def __post_init__(self) -> None:
-        if self.split % self.block_n:
-            raise ValueError(f"split={self.split} is not a multiple of block_n={self.block_n}")
+        for name in ("block_n", "fast_block_n"):
+            if self.split % getattr(self, name):
+                size = getattr(self, name)
+                raise ValueError(f"split={self.split} is not a multiple of {name}={size}")
 
     @property
     def prefill(self) -> AttentionBlocks:
@@ -58,6 +66,17 @@ class AttentionBlocks:
             block_m=self.prefill_block_m,
             num_warps=self.prefill_num_warps,
             num_stages=self.prefill_num_stages,
+        )
+
+    @property
+    def fast(self) -> AttentionBlocks:
+        """The same blocks with the tile and launch options of a fast decode."""
+        return replace(
+            self,
+            block_m=self.fast_block_m,
+            block_n=self.fast_block_n,
+            num_warps=self.fast_num_warps,
+            num_stages=self.fast_num_stages,
         )
 
 

@@ -206,7 +206,7 @@ def layers(at: Where, machine: Machine) -> Result:
 
 
 def attention_128k(at: Where, machine: Machine) -> Result:
-    """Decode attention alone over a long context."""
+    """Attention alone over a long context: decodes, and the last 32 tokens of a prompt."""
     shape = LLAMA_8B.tiny() if at.tiny else LLAMA_8B
     context = 1 << 17 if not at.tiny else 60
     ops = TritonOps(at.device, batch_independent=False)
@@ -217,6 +217,8 @@ def attention_128k(at: Where, machine: Machine) -> Result:
         limit = size / machine.bytes_per_s
         out[f"batch {count}"] = {"ms": taken * 1e3, "share": limit / taken}
         free(at)
+    new = 2 if at.tiny else 32
+    out[f"{new} tokens"] = {"ms": attention_s(at, ops, shape, [(context - new, new)]) * 1e3}
     return out
 
 

@@ -113,13 +113,16 @@ def rope(at: Where) -> float:
 
 
 def attention(
-    kv_dtype: torch.dtype | None, visible: AttentionMaskSpec = FULL_ATTENTION
+    kv_dtype: torch.dtype | None,
+    visible: AttentionMaskSpec = FULL_ATTENTION,
+    *,
+    independent: bool = True,
 ) -> Callable[[Where], float]:
     def check(at: Where) -> float:
         dtype = kv_dtype or at.dtype
         batch = shapes.batch(at.mixed, at.sizes.head_dim, at.device)
         q = at.randn(len(batch.positions_T), at.sizes.q_heads, at.sizes.head_dim)
-        ours = at.ops()
+        ours = at.ops(independent=independent)
         kv = shapes.cache(ours, at.sizes, at.mixed, dtype, at.device)
         blocks = range(kv.spec.num_blocks)
         data = kv.read(0, blocks)
@@ -237,7 +240,10 @@ def sampling(at: Where) -> float:
 
 
 def bits_of_attention(at: Where) -> float:
-    """Share of elements whose bits depend on whether a row is decoded or prefilled."""
+    """Share of elements whose bits depend on whether a row is decoded or prefilled.
+
+    Also in a short piece of a prompt, where several programs share the keys of a tile.
+    """
     ours = at.ops()
     sequences = [(0, 40)] if at.tiny else [(0, 1500)]
     kv = shapes.cache(ours, at.sizes, sequences, at.dtype, at.device)
@@ -246,20 +252,20 @@ def bits_of_attention(at: Where) -> float:
     q = at.randn(count, at.sizes.q_heads, at.sizes.head_dim)
     together = ours.paged_attention(q, 0.1, kv, 0, whole)
     wrong = 0.0
-    rows = (0, 17, count - 1)
-    for row in rows:
+    pieces = [(row, row + 1) for row in (0, 17, count - 1)] + [(count - 3, count)]
+    for start, stop in pieces:
         alone = replace(
             whole,
-            positions_T=whole.positions_T[row : row + 1],
-            query_start_S1=torch.tensor([0, 1], dtype=torch.int32, device=at.device),
-            context_S=torch.tensor([row + 1], dtype=torch.int32, device=at.device),
-            slots_T=whole.slots_T[row : row + 1],
-            max_query=1,
-            max_context=row + 1,
+            positions_T=whole.positions_T[start:stop],
+            query_start_S1=torch.tensor([0, stop - start], dtype=torch.int32, device=at.device),
+            context_S=torch.tensor([stop], dtype=torch.int32, device=at.device),
+            slots_T=whole.slots_T[start:stop],
+            max_query=stop - start,
+            max_context=stop,
         )
-        got = ours.paged_attention(q[row : row + 1], 0.1, kv, 0, alone)
-        wrong += float((got != together[row : row + 1]).float().mean())
-    return wrong / len(rows)
+        got = ours.paged_attention(q[start:stop], 0.1, kv, 0, alone)
+        wrong += float((got != together[start:stop]).float().mean())
+    return wrong / len(pieces)
 
 
 def bits_of_layer(at: Where) -> float:
@@ -300,6 +306,9 @@ NEAR: dict[str, Check] = {
     "attention, window and sinks": attention(None, AttentionMaskSpec(window=37, sinks=5)),
     "attention, int8 cache": attention(torch.int8),
     "attention, fp8 cache": attention(torch.float8_e4m3fn),
+    "attention, fast": attention(None, independent=False),
+    "attention, fast, int8 cache": attention(torch.int8, independent=False),
+    "attention, fast, fp8 cache": attention(torch.float8_e4m3fn, independent=False),
     **{
         f"product, {kind}": product(kind)
         for kind in ("dense", "int8", "fp8", "int4", "int4_symmetric")

@@ -37,8 +37,9 @@ SASS = """
 
 def test_spills_of_the_innermost_loop_are_counted() -> None:
     pytest.importorskip("triton")
-    from gpu.aot.binary import loop_code, loop_spills
+    from gpu.aot.binary import loop_code, loop_spills, main_loops
 
+    assert [len(loop) for loop in main_loops(SASS)] == [11], "from the load to the branch"
     assert loop_spills(SASS) == 1, "the store is in the outer loop"
     assert loop_spills(SASS.replace("LDL R2", "MOV R2")) == 0
     assert loop_code(SASS) == {"loop_code": 11, "loop_matrix": 1}
@@ -54,6 +55,10 @@ def test_limits_name_kernel_and_figure() -> None:
         "sm_80 _matmul (a): 204800 bytes of shared memory exceed 166912",
         "sm_80 _matmul (a): a product without tensor cores",
     ]
+    decode = row | {"kernel": "_decode_splits", "capability": 90, "loop_spills": 0, "mma": 8}
+    assert broken(decode) == ["sm_90 _decode_splits (a): attention without wgmma"]
+    assert not broken(decode | {"case": "fast attention"}), "tiles of 16 rows"
+    assert broken(decode | {"case": "fast attention", "mma": 0, "wgmma": 8})
     refused = row | {"error": "type fp8e4nv not supported in this architecture"}
     assert not broken(refused) and broken(refused | {"capability": 90})
 

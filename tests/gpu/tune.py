@@ -71,7 +71,10 @@ def _product_choices(rows: int, tiny: bool) -> Iterator[Settings]:
 
 
 def attention(at: Where, machine: Machine) -> Result:
-    """Launch options and tiles of attention, for each cache; the order of sums stays."""
+    """Launch options and tiles of attention, for each cache.
+
+    The order of sums stays, except in fast decodes.
+    """
     found = Result()
     for shape in (LLAMA_8B,) if at.tiny else (LLAMA_8B, LLAMA_405B_TP8):
         shape = shape.tiny() if at.tiny else shape
@@ -82,6 +85,12 @@ def attention(at: Where, machine: Machine) -> Result:
             prefill = _attention_s(at, shape, dtype, [(0, 6 if at.tiny else 4096)])
             choices = [{"num_stages": stages} for stages in (2, 3, 4)]
             best = fastest(iter(choices[:1] if at.tiny else choices), decode) or {}
+            fast = _attention_s(at, shape, dtype, [(cached, 1)] * count, independent=False)
+            choices = [
+                {"fast_block_n": n, "fast_num_stages": stages}
+                for n, stages in product((64, 128), (2, 3))
+            ]
+            best |= fastest(iter(choices[:1] if at.tiny else choices), fast) or {}
             choices = [
                 {
                     "prefill_block_m": m,
@@ -96,9 +105,14 @@ def attention(at: Where, machine: Machine) -> Result:
 
 
 def _attention_s(
-    at: Where, shape: Shape, dtype: torch.dtype, sequences: list[tuple[int, int]]
+    at: Where,
+    shape: Shape,
+    dtype: torch.dtype,
+    sequences: list[tuple[int, int]],
+    *,
+    independent: bool = True,
 ) -> Callable[[Settings], float]:
-    ops = TritonOps(at.device, batch_independent=False)
+    ops = TritonOps(at.device, batch_independent=independent)
     kv = shapes.cache(ops, shape, sequences, dtype, at.device, layers=1)
     batch = shapes.batch(sequences, shape.head_dim, at.device)
     q = at.randn(len(batch.positions_T), shape.q_heads, shape.head_dim)

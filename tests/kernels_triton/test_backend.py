@@ -225,21 +225,17 @@ def test_every_entry_of_the_tuning_file_is_whole() -> None:
                     blocks = kinds[kernel](**entry)
                 if kernel == "attention":
                     decode, prefill = blocks, blocks.prefill
+                    assert blocks.fast.block_m == 16, "mma: 16 rows"
                     assert (
                         decode.block_m * prefill.num_warps == prefill.block_m * decode.num_warps
                     ), f"{name} {shape}: rows of a tile for each warp, which order a row's sums"
-    with pytest.raises(ValueError, match="split=100 is not a multiple of block_n=64"):
-        tuning.AttentionBlocks(
-            block_m=64,
-            block_n=64,
-            split=100,
-            most_splits=4,
-            num_warps=4,
-            num_stages=2,
-            prefill_block_m=128,
-            prefill_num_warps=8,
-            prefill_num_stages=2,
-        )
+    whole = tuning.attention_blocks(CPU, 128, torch.bfloat16)
+    for wrong, why in (
+        ({"split": 100}, "split=100 is not a multiple of block_n=64"),
+        ({"fast_block_n": 48}, "split=64 is not a multiple of fast_block_n=48"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            replace(whole, **wrong)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 128, 129, 8192])
@@ -256,3 +252,4 @@ def test_a_gpu_without_entries_gets_the_default(rows: int, monkeypatch: pytest.M
     assert attention.split == 256
     assert attention.prefill.block_m // attention.prefill.num_warps == 16
     assert attention.block_m // attention.num_warps == 16, "16 rows of a tile for each warp"
+    assert attention.fast.block_m == 16, "the rows of the smallest matrix instruction"

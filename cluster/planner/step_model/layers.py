@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.packed_stack import PackedStack
-from arriero.cluster.planner.step_memory import MOST_SPLITS
+from arriero.cluster.planner.step_memory import MOST_SPLITS, PROMPT_SPLITS_BYTES
 from arriero.cluster.planner.step_model.products import Products
 from arriero.cluster.planner.step_model.work import Item, StepLoad, Work
 from arriero.kernels.sizes import FLOAT
@@ -22,6 +22,10 @@ from arriero.shards.layout.families import local_layers
 
 SPLIT_TOKENS = 256
 """Least keys of a split of a decode's attention; `split` of `kernels/triton/tuned.json`."""
+PROMPT_TILE_ROWS = 128
+"""Rows of a prefill's tile: tokens times heads; `prefill_block_m` of kernels/triton/tuned.json."""
+PROMPT_PROGRAMS = 132
+"""From half as many tiles on, programs share no tile; `FULL_GPU` of `kernels/triton/prefill.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,21 +133,38 @@ def _attention(step: RankStep) -> Work:
     q = part.q_heads.size * config.head_dim
     nbytes = read / block_size + 2.0 * load.tokens * q * step.products.itemsize * part.layers.size
     launches: dict[str, float] = {}
+    num_layers, splits = part.layers.size, 0
     if load.decodes or load.sequences > 1:
-        launches |= {"_decode_splits": 1, "_decode_fold": 1}
+        launches |= {"_decode_splits": num_layers, "_decode_fold": num_layers}
     if load.decodes:
         splits = full * _splits(keys) + local * _splits(local_keys)
-        heads = load.sequences * part.q_heads.size
-        nbytes += 2.0 * splits * heads * (config.head_dim + 2) * FLOAT  # written, then folded
     else:
-        launches["_prefill"] = 1
+        launches["_prefill"] = num_layers
+        if full and not window and _tiles_are_shared(step):
+            launches["_prefill_fold"] = full
+            splits = full * _splits(keys)
+    head = (config.head_dim + 2) * FLOAT
+    nbytes += 2.0 * splits * load.tokens * part.q_heads.size * head  # written, then folded
     return Work(
         item="attention",
         kind="attention",
         nbytes=nbytes,
         operations=4.0 * q * load.sequences * (full * pairs + local * local_pairs),
-        launches={name: count * part.layers.size for name, count in launches.items()},
+        launches=launches,
         captured=step.captured,
+    )
+
+
+def _tiles_are_shared(step: RankStep) -> bool:
+    """Whether programs share the tiles of a prompt; `programs_per_tile` of kernels/triton."""
+    load, part = step.load, step.rank.part
+    group = part.q_heads.size // part.kv_heads.size
+    tiles = load.tokens // max(1, PROMPT_TILE_ROWS // group) + load.sequences
+    head = part.q_heads.size * MOST_SPLITS * (step.plan.model.config.head_dim + 2) * FLOAT
+    return (
+        2 * tiles * part.kv_heads.size <= PROMPT_PROGRAMS
+        and load.tokens * head <= PROMPT_SPLITS_BYTES
+        and load.context > SPLIT_TOKENS
     )
 
 

@@ -35,11 +35,16 @@ def padding_prompt(
     *,
     rope: Rope,
     max_context: int,
+    context_bound: int,
     block_size: int,
     scratch_block: int,
     device: torch.device,
 ) -> FlatBatch:
-    """A sequence of `num_tokens` tokens that all lie in the scratch block."""
+    """A sequence of `num_tokens` tokens that all lie in the scratch block.
+
+    The batch says that its contexts have at most `context_bound` tokens, which kernels of attention
+    go by.
+    """
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     index_T = torch.arange(num_tokens, **ints)
     positions_T = index_T.clamp(max=max_context - 1)
@@ -53,7 +58,7 @@ def padding_prompt(
         cos_TD=cos_TD,
         sin_TD=sin_TD,
         max_query=num_tokens,
-        max_context=num_tokens,
+        max_context=context_bound,
     )
 
 

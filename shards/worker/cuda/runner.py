@@ -249,7 +249,8 @@ class CudaRunner(Runner):
         self.phase = "compile"
         self._model.pad_exchange(0)
         for num_tokens in prompt_sizes(self._config.max_batch_tokens):
-            self._run_padding_prompt(num_tokens)
+            self._run_padding_prompt(num_tokens, num_tokens)
+        self._run_padding_prompt(2, self._max_context)  # few queries over the longest context
         kinds: tuple[bool | None, ...] = (False, True)
         if self._exchanges:
             kinds = (None, False, True) if self.mesh.part.last_stage else (None,)
@@ -268,7 +269,7 @@ class CudaRunner(Runner):
             self._drafts.drafter.warm_up(sizes, self._hidden_size, self._activation_dtype)
         self.phase = "loaded"
 
-    def _run_padding_prompt(self, num_tokens: int) -> None:
+    def _run_padding_prompt(self, num_tokens: int, context_bound: int) -> None:
         """Run a prompt in the scratch blocks through this stage's layers."""
         inputs = self._inputs
         prompt = partial(
@@ -276,6 +277,7 @@ class CudaRunner(Runner):
             num_tokens,
             rope=self._slots.rope,
             max_context=self._max_context,
+            context_bound=context_bound,
             block_size=self._block_size,
             device=self.mesh.device,
         )

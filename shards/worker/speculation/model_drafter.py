@@ -78,8 +78,10 @@ class ModelDrafter:
         """Compile all kernels; see `Drafter`. The rows' keys and values go to the first block."""
         device, network = self._mesh.device, self._network
         y_TH = None
-        for size in {min(size, self._rows.num_positions) for size in sizes}:
-            slots, starts, counts = self._rows.padding(size)
+        num_rows = {min(size, self._rows.num_positions) for size in sizes}
+        paddings = [*map(self._rows.padding, num_rows), self._rows.last_rows()]
+        for slots, starts, counts in paddings:
+            size = int(counts.sum())
             features_TH = None
             if network.reads_target:
                 tap_TH = torch.zeros(size, hidden_size, dtype=dtype, device=device)

@@ -68,6 +68,12 @@ class PagedRows:
         counts[-1] = num_rows - (num_slots - 1) * each
         return np.arange(num_slots, dtype=np.int32), np.zeros(num_slots, np.int32), counts
 
+    def last_rows(self) -> tuple[Int32, Int32, Int32]:
+        """Slot, start and count of the last two positions of the first slot; see `padding`."""
+        each = self._blocks.shape[1] * self._block_size
+        count = np.full(1, min(2, each), np.int32)
+        return np.zeros(1, np.int32), each - count, count
+
     def batch(self, slots: Int32, starts: Int32, counts: Int32) -> FlatBatch:
         """The batch of rows `starts` to `starts + counts` of each slot; all have blocks."""
         contexts = starts + counts

@@ -45,6 +45,7 @@ from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.worker.runner import Runner
+from support import triton_interpreter
 from support.models import tiny_llama, tiny_llama4, tiny_qwen3
 from support.processes import spawn_group
 from support.quantized_models import fused_llama4, quantized_llama
@@ -822,3 +823,21 @@ def test_pairs_of_ranks_and_split_buffers_are_counted() -> None:
     tuned_file = Path(registry.__file__).with_name("triton") / "tuned.json"
     tuned = json.loads(tuned_file.read_text())["default"]["attention"]["*"]
     assert tuned["most_splits"] == step_memory.MOST_SPLITS
+
+
+def test_splits_of_prompts_are_counted() -> None:
+    triton_interpreter.install()
+    pytest.importorskip("triton")
+    from arriero.cluster.planner.step_model import layers
+    from arriero.kernels.triton import prefill
+
+    assert step_memory.PROMPT_SPLITS_BYTES == prefill.PARTS_NBYTES
+    assert layers.PROMPT_PROGRAMS == prefill.FULL_GPU
+    part = parts_of(find_model("llama-3.1-405b").config, GroupConfig(model_path="", tp=8))[0]
+    few = KvDemand(context=1024, max_sequences=1, max_batch_tokens=8192)
+    config = find_model("llama-3.1-405b").config
+    assert step_memory.split_bytes(config, part, few) == prefill.PARTS_NBYTES
+    head = 16 * 64 * 130 * 4
+    many = replace(few, max_sequences=1024)
+    assert step_memory.split_bytes(config, part, many) == 1024 * head
+    assert step_memory.split_bytes(config, part, replace(few, max_batch_tokens=4)) == 4 * head

@@ -21,9 +21,9 @@ from arriero.cluster.planner.step_model.constants import (
 )
 from arriero.cluster.planner.step_model.ends import FILTER_PASSES
 from arriero.cluster.planner.step_model.estimate import estimate
-from arriero.cluster.planner.step_model.layers import SPLIT_TOKENS
+from arriero.cluster.planner.step_model.layers import PROMPT_TILE_ROWS, SPLIT_TOKENS
 from arriero.cluster.planner.step_model.speed import speed
-from arriero.cluster.planner.step_model.work import Item, StepLoad
+from arriero.cluster.planner.step_model.work import Item, StepLoad, launches_by_kernel
 from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
@@ -106,6 +106,17 @@ def test_chunked_layers_read_their_chunk() -> None:
     )
     # 12 layers read three times as many keys; in the splits too
     assert long / short == pytest.approx((36 + 3 * 12) / 48, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "folds"), [(32, 131072, 126), (2048, 131072, 0), (32, 256, 0)]
+)
+def test_few_tokens_over_a_long_prefix_share_tiles(tokens: int, context: int, folds: int) -> None:
+    """Programs share the keys of a tile and write splits, which a second launch folds."""
+    load = StepLoad(sequences=1, new_tokens=tokens, context=context)
+    step = step_of("llama-3.1-405b", "bfloat16", ParallelConfig(tp=8), load)
+    launches = launches_by_kernel(step.works)
+    assert launches["_prefill"] == 126 and launches["_prefill_fold"] == folds
 
 
 def test_operations_are_two_a_weight_and_token() -> None:
@@ -266,7 +277,9 @@ def test_constants_of_the_kernels() -> None:
 
     assert FILTER_PASSES == -(-(FRACTION_BITS + 1) // 5), "5 bits a pass on a GPU"
     tuned = json.loads((ROOT / "kernels/triton/tuned.json").read_text())
-    assert tuned["default"]["attention"]["*"]["split"] == SPLIT_TOKENS
+    attention = tuned["default"]["attention"]["*"]
+    assert attention["split"] == SPLIT_TOKENS
+    assert attention["prefill_block_m"] == PROMPT_TILE_ROWS
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ PATTERNS = {
     "float64": r"\bD(?:FMA|MUL|ADD)\b",
 }
 """Groups of machine instructions."""
-VERSION = 2
+VERSION = 3
 """Of the figures in the cache; to be raised when `_read` changes."""
 MATRIX = ("wgmma", "mma", "tcgen05")
 _MATRIX = re.compile("|".join(PATTERNS[name] for name in MATRIX))
@@ -40,9 +40,10 @@ def inspect(kernel: Any) -> dict[str, Any]:  # noqa: ANN401
     """Registers of a thread, bytes of stack and shared memory, and counts of instructions.
 
     `loop_spills` counts loads and stores of the stack in main loops: the innermost loops with
-    matrix instructions, or all innermost loops of a kernel without. `loop_code` and `loop_matrix`
-    are all instructions and the matrix instructions of the main loop with most of the latter.
-    Figures are kept beside the binary in Triton's cache: disassembly takes as long as a compile.
+    matrix instructions, or all innermost loops of a kernel without. `loop_instructions` counts the
+    instructions of the longest; `loop_code` and `loop_matrix` are all instructions and the matrix
+    instructions of the main loop with most of the latter. Figures are kept beside the binary in
+    Triton's cache: disassembly takes as long as a compile.
     """
     kept = Path(triton.knobs.cache.dir) / f"figures-{VERSION}" / f"{kernel.hash}.json"
     if kept.exists():
@@ -70,6 +71,7 @@ def _read(kernel: Any) -> dict[str, Any]:  # noqa: ANN401
         "warps": meta.num_warps,
         "stages": meta.num_stages,
         "loop_spills": loop_spills(sass),
+        "loop_instructions": max(map(len, main_loops(sass)), default=0),
         **loop_code(sass),
         **{name: len(re.findall(pattern, sass)) for name, pattern in PATTERNS.items()},
     }
@@ -84,17 +86,17 @@ def _usage(name: str, text: str) -> int:
 def loop_spills(sass: str) -> int:
     """Loads and stores of the stack in main loops; see `inspect`."""
     spill = re.compile(PATTERNS["spills"])
-    return sum(bool(spill.search(line)) for body in _main_loops(sass) for line in body)
+    return sum(bool(spill.search(line)) for body in main_loops(sass) for line in body)
 
 
 def loop_code(sass: str) -> dict[str, int]:
     """Instructions of the main loop with most matrix instructions; see `inspect`."""
-    counts = [(sum(map(_is_matrix, body)), len(body)) for body in _main_loops(sass)]
+    counts = [(sum(map(_is_matrix, body)), len(body)) for body in main_loops(sass)]
     matrix, size = max(counts, default=(0, 0))
     return {"loop_code": size, "loop_matrix": matrix}
 
 
-def _main_loops(sass: str) -> list[list[str]]:
+def main_loops(sass: str) -> list[list[str]]:
     """Innermost loops with matrix instructions, or all innermost loops of a kernel without."""
     code, loops = _code_and_loops(sass)
     innermost = [

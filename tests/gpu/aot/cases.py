@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu.aot.absent_gpu import META
+from gpu.aot.limits import FAST
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
@@ -50,6 +51,7 @@ ROWS = (1, 37, 64, 2048)
 PLAIN_STYLE = AttentionStyle()
 OPS = TritonOps(META, batch_independent=False)
 ARRIVALS = matmul.make_arrivals(META)
+EXACT_OPS = TritonOps(META, batch_independent=True)
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -91,12 +93,13 @@ def attention(
     kv_dtype: torch.dtype,
     style: AttentionStyle = PLAIN_STYLE,
     head_norms: bool = False,
-    sizes: tuple[tuple[int, int], ...] = ((64, 1), (5, 7)),
+    sizes: tuple[tuple[int, int], ...] = ((64, 1), (5, 7), (1, 2048)),
+    ops: TritonOps = EXACT_OPS,
 ) -> None:
-    """Rope with the write to the cache, prefill, decode splits and their fold.
+    """Rope with the write to the cache, prefill, decode splits and their folds.
 
     With `head_norms` each head of q and k has a norm with weights. `sizes` are batches: sequences,
-    and new tokens of each.
+    and new tokens of each; programs share the tiles of few tokens.
     """
     spec = KVCacheSpec(
         num_layers=1,
@@ -106,7 +109,7 @@ def attention(
         block_size=16,
         dtype=kv_dtype,
     )
-    kv = OPS.kv_cache(spec, META)
+    kv = ops.kv_cache(spec, META)
     names = ("attn_norm_H", "qkv", "o", "mlp_norm_H", "gate_up", "down")
     layer = DenseLayer(
         **dict.fromkeys(names),
@@ -133,8 +136,8 @@ def attention(
             max_query=each,
             max_context=MAX_CONTEXT,
         )
-        q = OPS.rope_write_kv(empty(tokens, (heads + 2 * kv_heads) * dim), layer, kv, 0, batch)
-        OPS.paged_attention(q, 0.1, kv, 0, batch, style.mask)
+        q = ops.rope_write_kv(empty(tokens, (heads + 2 * kv_heads) * dim), layer, kv, 0, batch)
+        ops.paged_attention(q, 0.1, kv, 0, batch, style.mask)
 
 
 def products(w: Packed, dtype: torch.dtype = BF16, independent: bool = False) -> None:
@@ -322,7 +325,9 @@ def _attention_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for name, (heads, kv_heads, dim) in shapes.items():
             group = heads // kv_heads
             case = f"attention {name} g{group} d{dim} kv {label}"
-            yield case, partial(attention, heads, kv_heads, dim, kv_dtype)
+            work = partial(attention, heads, kv_heads, dim, kv_dtype)
+            yield case, work
+            yield f"{FAST} {case}", partial(work, sizes=((64, 1),), ops=OPS)
     styles = {
         "chunks": AttentionStyle(
             rope="pairs", qk_norm=True, mask=AttentionMaskSpec(chunk_size=8192)

@@ -18,6 +18,8 @@ SAME_ROW_SUMS = ATTENTION | NORMS
 """Kernels whose sums of a row must have the same order wherever a case launches several of them."""
 ATTENTION_INSTRUCTIONS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 """Decode and prefill must sum by the same instructions, so that both give the same bits."""
+FAST = "fast"
+"""First word of the cases whose decode may have other bits than a prefill; these have `mma`."""
 FP8_CAPABILITY = 89
 """Least capability with float8 conversions."""
 
@@ -62,6 +64,8 @@ def broken(row: dict[str, Any]) -> list[str]:
     if row["kernel"] in PRODUCTS and not (row["wgmma"] or row["mma"] or row["tcgen05"]):
         texts.append(f"{at}: a product without tensor cores")
     wanted = ATTENTION_INSTRUCTIONS[row["capability"]]
+    if row["case"].startswith(FAST):
+        wanted = "mma"
     if row["kernel"] in ATTENTION and not row[wanted]:
         texts.append(f"{at}: attention without {wanted}")
     return texts
