@@ -39,6 +39,7 @@ from arriero.kernels import adapted, expert_rows, lora, moe
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.halves import HalfSums
 from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layer_cache import layer_caches
@@ -403,6 +404,7 @@ class Ops(ABC):
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
         reduce_norm: ReduceNorm | None = None,
+        half_sums: HalfSums | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """Build the pass through a stage's layers: (x [T, H], batch) to x [T, H], maybe in place.
 
@@ -416,6 +418,8 @@ class Ops(ABC):
             experts: runs layers with experts; None for `moe_block`.
             taps: functions that read x between layers; None for none.
             reduce_norm: `reduce` fused with what follows; a backend may leave it unused.
+            half_sums: `reduce` for steps in two halves, each sum beside products of the other
+                half; a backend may leave it unused.
         """
         caches = layer_caches(layers, kv, local_kv)
         reads = dict(taps or {})

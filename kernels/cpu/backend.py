@@ -40,6 +40,7 @@ from arriero.kernels.cpu.structs import (
 from arriero.kernels.cpu.threads import available_threads
 from arriero.kernels.cpu.weights import pack_plain, pack_quantized
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.halves import HalfSums
 from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import DenseLayer, MoELayer
@@ -346,6 +347,7 @@ class CpuOps(Ops):
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
         reduce_norm: ReduceNorm | None = None,
+        half_sums: HalfSums | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 

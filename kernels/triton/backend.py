@@ -15,9 +15,10 @@ from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat, check
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.halves import HalfSums
 from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
-from arriero.kernels.layer_cache import layer_caches
+from arriero.kernels.layer_cache import LayerCache, layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
@@ -46,6 +47,7 @@ from arriero.kernels.triton import (
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.block_scaled import BlockScaled
 from arriero.kernels.triton.decode import attend_decodes
+from arriero.kernels.triton.decoder import TritonDecoder
 from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import unit_stride
@@ -346,52 +348,34 @@ class TritonOps(Ops):
         experts: Experts | None = None,
         taps: LayerTaps | None = None,
         reduce_norm: ReduceNorm | None = None,
+        half_sums: HalfSums | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """The pass through a stage's layers; each residual sum is fused with the following norm."""
-        caches = layer_caches(layers, kv, local_kv)
-        with_adapters = super().decoder(layers, kv, reduce, local_kv=local_kv, experts=experts)
         for layer in layers:
             if isinstance(layer, MoELayer):  # make tables of addresses before any graph capture
                 self._table(layer.experts_gate_up)
                 self._table(layer.experts_down)
+        return TritonDecoder(
+            ops=self,
+            layers=layers,
+            caches=layer_caches(layers, kv, local_kv),
+            reduce=reduce,
+            reduce_norm=reduce_norm,
+            experts=experts,
+            taps=dict(taps or {}),
+            half_sums=half_sums,
+            with_adapters=super().decoder(layers, kv, reduce, local_kv=local_kv, experts=experts),
+        )
 
-        reads = dict(taps or {})
+    def run_attention(
+        self, h_TH: Tensor, layer: DenseLayer, cache: LayerCache, batch: FlatBatch
+    ) -> Tensor:
+        """`attention_block` after the norm, for a step without adapters."""
+        return self._attention(h_TH, layer, cache.kv, cache.index, cache.batch(batch))
 
-        def add_norm(part: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-            h_TH = None if reduce_norm is None else reduce_norm(part, x_TH, weight_H, eps)
-            if h_TH is not None:
-                return h_TH
-            part = part if reduce is None else reduce(part)
-            return norm.add_rms_norm(x_TH, part, weight_H, eps)
-
-        def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
-            if batch.adapters is not None:
-                return with_adapters(x_TH, batch)
-            h_TH = norm.rms_norm(x_TH, layers[0].attn_norm_H, layers[0].eps)
-            for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-                if i in reads:
-                    reads[i](x_TH)
-                layer_batch = cache.batch(batch)
-                part = self._attention(h_TH, layer, cache.kv, cache.index, layer_batch)
-                if isinstance(layer, MoELayer) and experts is not None:
-                    x_TH += part if reduce is None else reduce(part)
-                    part = experts(x_TH, layer, None)
-                else:
-                    h_TH = add_norm(part, x_TH, layer.mlp_norm_H, layer.eps)
-                    if isinstance(layer, MoELayer):
-                        part = self._moe(h_TH, layer)
-                    else:
-                        part = self._mlp(h_TH, layer)
-                if i + 1 < len(layers):
-                    after = layers[i + 1]
-                    h_TH = add_norm(part, x_TH, after.attn_norm_H, after.eps)
-                else:
-                    x_TH += part if reduce is None else reduce(part)
-            if len(layers) in reads:
-                reads[len(layers)](x_TH)
-            return x_TH
-
-        return run
+    def run_mlp(self, h_TH: Tensor, layer: DenseLayer) -> Tensor:
+        """`mlp_block` or `moe_block` after the norm, for a step without adapters."""
+        return self._moe(h_TH, layer) if isinstance(layer, MoELayer) else self._mlp(h_TH, layer)
 
     def _attention(
         self, h_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch

@@ -1,8 +1,9 @@
 """Routed experts of a layer whose experts and tokens are spread over the ranks of a stage.
 
 Each row goes, already multiplied by its score, to the rank of its expert, and returns as the
-expert's output; the shared expert is computed meanwhile. Ranks without tokens take part. Ranks with
-the same tokens (tensor parallelism) each send a share of the rows.
+expert's output; the shared expert is computed while rows are on their way to the experts. Ranks
+without tokens take part. Ranks with the same tokens (tensor parallelism) each send a share of the
+rows.
 
 Rows travel by exact counts, for which the host waits in each layer; or, in steps of few tokens, in
 blocks of a fixed size (`padded_rows`), without a wait, so that a CUDA graph can hold the layer. The
@@ -18,7 +19,7 @@ received, B bytes of a row, P rows of a message of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from arriero.kernels.lora import AdapterRows
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import Ops
 from arriero.shards.collectives.all_to_all import Counts
+from arriero.shards.collectives.beside import Pending
 from arriero.shards.collectives.device_loads import DeviceLoads
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.collectives.mesh import Mesh, all_gather
@@ -71,6 +73,22 @@ class _Table:
         return Routing(
             experts_TA=self._slots_EA[experts_TA, copy_TA].int(), scores_TA=routing.scores_TA
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Rows on their way to the experts, in blocks of a fixed size.
+
+    Attributes:
+        places: places of the rows.
+        first_R: first row for each rank.
+        dispatched: rows from every rank to every slot, int32 [R * S], and the received message,
+            uint8 [P, B].
+    """
+
+    places: PaddedRows
+    first_R: Tensor
+    dispatched: Pending[tuple[Tensor, Tensor]]
 
 
 class ExpertParallel:
@@ -153,8 +171,9 @@ class ExpertParallel:
         routing = table.to_slots(adapted.route(ops, h_nH, layer, own_adapters))
         order = ops.moe_permute_all(routing, self._num_slots)
         if self.padded_tokens:
+            blocks = self._dispatch_blocks(h_nH, layer, order)
             shared_TH = adapted.gated_mlp(ops, h_TH, layer, adapters)
-            shared_TH[own].add_(self._in_blocks(h_nH, layer, routing, order))
+            shared_TH[own].add_(self._from_blocks(blocks, h_nH, layer, routing, order))
             return shared_TH
         counts_RS = self._counts_on_host(order.starts_E1)
         self._count(layer.index, table, counts_RS)
@@ -192,31 +211,43 @@ class ExpertParallel:
         counts_RS = self._gather_counts(starts_S1)
         return counts_RS.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
 
-    def _in_blocks(
-        self, h_nH: Tensor, layer: MoELayer, routing: Routing, order: Permutation
-    ) -> Tensor:
-        """Sums of the experts' outputs [n, H], with rows in blocks of a fixed size."""
-        ops, mesh, hidden = self._ops, self._mesh, h_nH.shape[1]
+    def _dispatch_blocks(self, h_nH: Tensor, layer: MoELayer, order: Permutation) -> _Blocks:
+        """Start to send rows in blocks of a fixed size."""
+        ops, mesh = self._ops, self._mesh
         places = self._places(layer.top_k)
-        num_rows, num_places = order.row_TA.numel(), places.num_rows
-        counts_RS = self._gather_counts(order.starts_E1)
-        loads_E = self._device_loads.of(layer.index)
-        counts_S = counts_RS.view(-1, self._num_slots).sum(0)
-        loads_E.index_add_(0, self._table(layer.index).expert_of_S, counts_S)
+        num_rows = order.row_TA.numel()
         first_R = places.first_rows(order.starts_E1)
         if num_rows:
             row_P = places.sent(first_R, num_rows)
             token_P, score_P = (of.index_select(0, row_P) for of in (order.token_X, order.score_X))
             rows_PB = ops.pack_rows(h_nH, token_P, score_P, self._wire)
         else:
-            rows_PB = _no_rows(num_places, hidden, self._wire, h_nH.device)
-        with mesh.watchdog.watch("dispatch to experts"):
-            received_PB = mesh.exchange.swap(rows_PB)
+            rows_PB = _no_rows(places.num_rows, h_nH.shape[1], self._wire, h_nH.device)
+
+        def exchange() -> tuple[Tensor, Tensor]:
+            counts_RS = self._gather_counts(order.starts_E1)
+            with mesh.watchdog.watch("dispatch to experts"):
+                return counts_RS, mesh.exchange.swap(rows_PB)
+
+        return _Blocks(places, first_R, mesh.beside.begin(exchange))
+
+    def _from_blocks(
+        self, blocks: _Blocks, h_nH: Tensor, layer: MoELayer, routing: Routing, order: Permutation
+    ) -> Tensor:
+        """Sums of the experts' outputs [n, H], after `_dispatch_blocks`."""
+        ops, mesh, hidden = self._ops, self._mesh, h_nH.shape[1]
+        places, num_rows = blocks.places, order.row_TA.numel()
+        counts_RS, received_PB = blocks.dispatched.wait()
+        loads_E = self._device_loads.of(layer.index)
+        counts_S = counts_RS.view(-1, self._num_slots).sum(0)
+        loads_E.index_add_(0, self._table(layer.index).expert_of_S, counts_S)
         slots = places.slots(counts_RS)
         results_PB = self._experts_of_blocks(received_PB, layer, places, slots, h_nH.dtype)
         with mesh.watchdog.watch("results of experts"):
             returned_PB = mesh.exchange.swap(results_PB)
-        place_X = places.returned(first_R, routing.experts_TA.reshape(-1), order.row_TA.reshape(-1))
+        place_X = places.returned(
+            blocks.first_R, routing.experts_TA.reshape(-1), order.row_TA.reshape(-1)
+        )
         y_XH = ops.unpack_rows(returned_PB, place_X, hidden, self._back, h_nH.dtype)
         row_X = torch.arange(num_rows, dtype=torch.int32, device=h_nH.device)
         return ops.moe_combine(y_XH, replace(order, row_TA=row_X.view_as(order.row_TA)))

@@ -30,7 +30,9 @@ from arriero.shards.collectives.all_to_all import (
     TwoLevelExchange,
     topology,
 )
+from arriero.shards.collectives.beside import Beside, Pending
 from arriero.shards.collectives.divided_sum import divides_sum
+from arriero.shards.collectives.half_steps import first_half
 from arriero.shards.collectives.symmetric_sums import (
     Ranks,
     SymmetricSums,
@@ -70,6 +72,7 @@ class Mesh:
         mark = _Marks(device) if device.type == "cuda" and parallel.world_size > 1 else None
         self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
+        self.beside = Beside(device)
         self.add_parts: Callable[[Tensor], Tensor] = added
         self._rank_sums: RankSums | None = None
         self._symmetric: SymmetricSums | None = None
@@ -125,6 +128,7 @@ class Mesh:
             self._join_stages(store, host)
         if self.device.type == "cuda":
             self._connect()
+            self.beside.open(store, self.part.rank, world)
             if self.tp > 1:
                 self._symmetric = self._open_symmetric_sums(store, host)
 
@@ -221,6 +225,7 @@ class Mesh:
         """Leave the process group."""
         self._sending.clear()
         self._symmetric = None
+        self.beside.close()
         self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -260,6 +265,14 @@ class Mesh:
             gathered = x_TH.new_empty((self.tp * x_TH.shape[0], *x_TH.shape[1:]))
             all_gather(gathered, x_TH.contiguous(), self._tp_group)
         return self.add_parts(gathered.view(self.tp, *x_TH.shape))
+
+    def first_half(self, num_rows: int, row_nbytes: int) -> int:
+        """Rows of the first half of a step; 0 for a whole step. See `HalfSums`."""
+        return first_half(self.tp, num_rows, row_nbytes) if self.beside.on else 0
+
+    def begin_reduce(self, part_TH: Tensor) -> Pending[Tensor]:
+        """`reduce` beside what the current stream does next. See `HalfSums`."""
+        return self.beside.begin(lambda: self.reduce(part_TH))
 
     def reduce_norm(
         self, part_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float

@@ -63,10 +63,11 @@ def where(dry: bool) -> Any:  # noqa: ANN401
 
 def check(name: str, dry: bool) -> Result:
     """A value and its limit."""
-    from gpu import checks, checks_sizes, engine_checks, rank_sums
+    from gpu import checks, checks_sizes, engine_checks, halves, rank_sums
 
     at = where(dry)
-    near, same = checks.NEAR | checks_sizes.NEAR, checks.SAME | checks_sizes.SAME
+    near = checks.NEAR | checks_sizes.NEAR
+    same = checks.SAME | checks_sizes.SAME | halves.SAME
     limit = at.limit if name in near else 0.0
     try:
         value = (near | same | engine_checks.SAME | rank_sums.SAME)[name](at)

@@ -88,9 +88,9 @@ def test_every_check_bench_and_tuner_is_an_item(tmp_path: Path) -> None:
     listing = """
 import json
 from gpu import benches, benches_formats, checks, checks_sizes, engine_checks, items
-from gpu import rank_sums, tune
+from gpu import halves, rank_sums, tune
 made = [*checks.NEAR, *checks.SAME, *checks_sizes.NEAR, *checks_sizes.SAME, *engine_checks.SAME]
-made += [*rank_sums.SAME, *rank_sums.BENCHES]
+made += [*halves.SAME, *rank_sums.SAME, *rank_sums.BENCHES]
 made += [*benches.BENCHES, *benches_formats.BENCHES, *tune.TUNERS]
 print(json.dumps([made, [n for item in items.ITEMS for n in item.names if n != "kernels"]]))
 print(sum(i.estimate_s / (6 if i.kind == "check" else 1) for i in items.ITEMS))

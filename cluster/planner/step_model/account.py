@@ -5,13 +5,14 @@ Knows how a step is composed of layers, ends and collectives; knows nothing of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.packed_stack import PackedStack
 from arriero.cluster.planner.rank_weights import rank_stacks
-from arriero.cluster.planner.step_model.collectives import collectives
+from arriero.cluster.planner.step_model.collectives import collectives, half_sums
 from arriero.cluster.planner.step_model.ends import ends
 from arriero.cluster.planner.step_model.layers import RankStep, layers
 from arriero.cluster.planner.step_model.products import Products
@@ -79,9 +80,19 @@ def account(plan: GroupPlan, load: StepLoad, per_node: int) -> Account:
             captured=load.decodes and (plan.layout.dp == 1 or load.tokens <= MOST_PADDED),
             per_node=per_node,
         )
-        works = (*ends(step), *layers(step), *collectives(step))
-        stages.append(works)
+        stages.append((*ends(step), *_layers(step), *collectives(step)))
     return Account(plan=plan, load=load, stages=tuple(stages))
+
+
+def _layers(step: RankStep) -> Iterator[Work]:
+    """Work of the layers: of a whole step, or of its two halves with their sums."""
+    if not step.first_half:
+        yield from layers(step)
+        return
+    for load in step.load.halves(step.first_half):
+        half = replace(step, load=load, halved=True)
+        yield from layers(half)
+        yield half_sums(half)
 
 
 @lru_cache(maxsize=128)

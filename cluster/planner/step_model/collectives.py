@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from arriero.cluster.planner.step_model.layers import RankStep
 from arriero.cluster.planner.step_model.work import Work
@@ -39,15 +40,16 @@ _BLOCK_LAUNCHES: Mapping[str, float] = {
 
 
 def collectives(step: RankStep) -> Iterator[Work]:
-    """Work of all collectives of a rank."""
+    """Work of all collectives of a rank; of a step in halves without the sums of its layers."""
     layout, part = step.plan.layout, step.rank.part
     crosses = layout.stage_size > step.per_node
     if layout.tp > 1:
-        sums = 2 * part.layers.size + part.first_stage  # the embedding's rows too
+        sums = 0 if step.first_half else 2 * part.layers.size
+        sums += part.first_stage  # the embedding's rows too
         if step.symmetric:
             yield _symmetric_sum(step, normed=True).times(step.normed_sums)
             yield _symmetric_sum(step, normed=False).times(sums - step.normed_sums)
-        else:
+        elif sums:
             yield tp_sum(step, crosses).times(sums)
     if step.exchanges and step.routed_layers:
         yield _exchange(step, crosses).times(step.routed_layers)
@@ -55,6 +57,15 @@ def collectives(step: RankStep) -> Iterator[Work]:
         yield _hand_over(step)
     if part.last_stage and layout.tp > 1:
         yield _logits(step, crosses)
+
+
+def half_sums(step: RankStep) -> Work:
+    """Work of the sums of the layers of half a step, beside products of the other half."""
+    if step.symmetric:
+        work = _symmetric_sum(step, normed=False)
+    else:
+        work = tp_sum(step, step.plan.layout.stage_size > step.per_node)
+    return replace(work, beside=1.0).times(2 * step.rank.part.layers.size)
 
 
 def tp_sum(step: RankStep, network: bool) -> Work:

@@ -3,19 +3,24 @@
 The floor of an item is the largest of three times: bytes over the memory's rate, operations over
 the matrix rate, received bytes over the link's rate. The estimate divides the floor by an
 efficiency, and adds the least time of each kernel, of each message and of each meeting of ranks; an
-item outside of graphs takes at least the time of its launches. Knows work, devices and constants;
-knows nothing of models.
+item outside of graphs takes at least the time of its launches. Sums of a step in two halves count
+with the time that products of the other half do not hide. Knows work, devices and constants; knows
+nothing of models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from arriero.cluster.planner.catalog import Device
 from arriero.cluster.planner.step_model.account import Account
 from arriero.cluster.planner.step_model.constants import CONSTANTS, Constant
 from arriero.cluster.planner.step_model.work import ITEMS, Item, Work
+
+ATTENTION: tuple[Item, ...] = ("q, k, v product", "RoPE, cache write", "attention", "o product")
+MLP: tuple[Item, ...] = ("MLP", "router", "dispatch, combine", "experts", "shared expert")
+"""Items of the two blocks of a layer, each with a sum after it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +30,8 @@ class ItemTime:
     Attributes:
         item: part of the step.
         nbytes, operations, launches, link_bytes, messages: sums of `Work`.
-        floor_s: seconds that the device's rates allow.
-        estimate_s: estimated seconds.
+        floor_s: seconds that the device's rates allow; of sums, those that no product hides.
+        estimate_s: estimated seconds, likewise.
     """
 
     item: Item
@@ -72,15 +77,24 @@ def estimate(step: Account, constants: Mapping[str, Constant] = CONSTANTS) -> St
         constants: efficiencies and latencies.
     """
     device = step.plan.device
+
+    def seconds(work: Work) -> float:
+        return estimate_s(work, device, constants)
+
     items = []
     for name in ITEMS:
         works = [work for work in step.works if work.item == name]
         if works:
             items.append(_item(name, works, device, constants))
+    overlaps_s = [overlap_s(stage, seconds) for stage in step.stages]
+    if any(overlaps_s):
+        floors_s = [overlap_floor_s(stage, device) for stage in step.stages]
+        items = [_without(item, sum(floors_s), sum(overlaps_s)) for item in items]
     return StepTime(
         items=tuple(items),
         stages_s=tuple(
-            sum(estimate_s(work, device, constants) for work in stage) for stage in step.stages
+            sum(map(seconds, stage)) - hidden_s
+            for stage, hidden_s in zip(step.stages, overlaps_s, strict=True)
         ),
         outside=sum(work.num_launches for work in step.works if not work.captured),
     )
@@ -99,6 +113,51 @@ def _item(
         floor_s=sum(floor_s(work, device) for work in works),
         estimate_s=sum(estimate_s(work, device, constants) for work in works),
     )
+
+
+def _without(item: ItemTime, hidden_floor_s: float, hidden_s: float) -> ItemTime:
+    """The item; sums without the time that products hide."""
+    if item.item != "TP sums":
+        return item
+    return replace(
+        item, floor_s=item.floor_s - hidden_floor_s, estimate_s=item.estimate_s - hidden_s
+    )
+
+
+def overlap_s(stage: Sequence[Work], seconds: Callable[[Work], float]) -> float:
+    """Seconds of a stage in which sums of a half run beside products of the other half.
+
+    The halves take turns: beside each sum runs a block of the other half, attention or MLP. The
+    first block of a stage and its last sum have nothing beside them. Layers count as equal.
+
+    Args:
+        stage: work of the stage.
+        seconds: time of a work.
+    """
+    sums = sum(work.beside for work in stage)
+    if not sums:
+        return 0.0
+    sum_s = sum(seconds(work) for work in stage if work.beside) / sums
+    norms = _of(stage, ("norms, residual",), seconds) / 2
+    pairs = sums / 2
+    attention_s = (_of(stage, ATTENTION, seconds) + norms) / pairs
+    mlp_s = (_of(stage, MLP, seconds) + norms) / pairs
+    return (pairs - 1) * min(attention_s, sum_s) + pairs * min(mlp_s, sum_s)
+
+
+def overlap_floor_s(stage: Sequence[Work], device: Device) -> float:
+    """Seconds of sums that a perfect overlap would hide."""
+
+    def seconds(work: Work) -> float:
+        return floor_s(work, device)
+
+    sums_s = sum(seconds(work) for work in stage if work.beside)
+    blocks = (*ATTENTION, *MLP, "norms, residual")
+    return min(sums_s, _of(stage, blocks, seconds))
+
+
+def _of(stage: Sequence[Work], items: Sequence[str], seconds: Callable[[Work], float]) -> float:
+    return sum(seconds(work) for work in stage if work.item in items)
 
 
 def floor_s(work: Work, device: Device) -> float:

@@ -1,4 +1,4 @@
-"""Work of a stage's layers on a rank, launch by launch as `kernels/triton/backend.py` runs them.
+"""Work of a stage's layers on a rank, launch by launch as `kernels/triton/decoder.py` runs them.
 
 Knows packed weights, heads and rows; collectives are in `collectives`. Knows nothing of time.
 
@@ -16,6 +16,7 @@ from arriero.cluster.planner.step_memory import MOST_SPLITS, PROMPT_SPLITS_BYTES
 from arriero.cluster.planner.step_model.products import Products
 from arriero.cluster.planner.step_model.work import Item, StepLoad, Work
 from arriero.kernels.sizes import FLOAT
+from arriero.shards.collectives.half_steps import first_half
 from arriero.shards.collectives.symmetric_sizes import in_symmetric_memory
 from arriero.shards.families.registry import family_of
 from arriero.shards.layout.families import local_layers
@@ -40,6 +41,7 @@ class RankStep:
         load: sequences of the step.
         captured: the step is a CUDA graph.
         per_node: ranks on a machine.
+        halved: the load is half of a step, whose sums run beside products of the other half.
     """
 
     plan: GroupPlan
@@ -49,6 +51,14 @@ class RankStep:
     load: StepLoad
     captured: bool
     per_node: int
+    halved: bool = False
+
+    @property
+    def first_half(self) -> int:
+        """Rows of the first half of the step; 0 for a step that stays whole."""
+        if self.captured or self.exchanges:
+            return 0
+        return first_half(self.plan.layout.tp, self.load.tokens, self.row)
 
     @property
     def row(self) -> int:
@@ -64,7 +74,7 @@ class RankStep:
     @property
     def normed_sums(self) -> int:
         """Sums over tp ranks that share a launch with the residual sum and the norm after."""
-        if not self.symmetric:
+        if not self.symmetric or self.halved:
             return 0
         alone = 1 + (self.routed_layers if self.exchanges else 0)
         return 2 * self.rank.part.layers.size - alone

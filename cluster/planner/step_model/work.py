@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 Item = Literal[
@@ -63,6 +63,20 @@ class StepLoad:
         """Each sequence has a single new token."""
         return self.new_tokens == 1
 
+    def halves(self, num_rows: int) -> tuple[StepLoad, StepLoad]:
+        """The first `num_rows` tokens, about half of all, and the others.
+
+        A single sequence is cut; of several, whole sequences go to either half.
+        """
+        if self.sequences > 1:
+            first = self.sequences // 2
+            return replace(self, sequences=first), replace(self, sequences=self.sequences - first)
+        left = self.new_tokens - num_rows
+        return (
+            replace(self, new_tokens=num_rows, context=self.context - left),
+            replace(self, new_tokens=left),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
@@ -81,6 +95,7 @@ class Work:
         meetings: times that a launch waits for the same launch of the other ranks.
         host_waits: times that the host waits for the device.
         captured: the kernels run in a CUDA graph.
+        beside: sums of half a step's rows that run beside products of the other half.
     """
 
     item: Item
@@ -94,6 +109,7 @@ class Work:
     meetings: float = 0.0
     host_waits: float = 0.0
     captured: bool = True
+    beside: float = 0.0
 
     @property
     def num_launches(self) -> float:
@@ -119,6 +135,7 @@ class Work:
             meetings=self.meetings * count,
             host_waits=self.host_waits * count,
             captured=self.captured,
+            beside=self.beside * count,
         )
 
 

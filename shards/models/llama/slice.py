@@ -99,6 +99,7 @@ class LlamaSlice:
             mesh.reduce if mesh.tp > 1 else None,
             taps=self.taps.hooks,
             reduce_norm=mesh.reduce_norm if mesh.tp > 1 else None,
+            half_sums=mesh if mesh.tp > 1 else None,
         )
 
     def _load(self, loader: Loader, offload_layers: int, folder: Path) -> None:

@@ -228,6 +228,7 @@ class Llama4Slice:
             experts=self._experts,
             taps=self.taps.hooks,
             reduce_norm=self.mesh.reduce_norm if self.mesh.tp > 1 else None,
+            half_sums=self.mesh if self.mesh.tp > 1 else None,
         )
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:

@@ -125,8 +125,12 @@ def test_launches_of_a_decode_step(tmp_path: Path, family: str, dtype: str) -> N
     assert +drawing == expected
 
 
-def test_launches_of_an_exchange_in_blocks(tmp_path: Path) -> None:
-    """Of a decode of rank 0 of two with data-parallel attention; the other rank does not exist."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_launches_of_an_exchange_in_blocks(tmp_path: Path, beside: bool) -> None:
+    """Of a decode of rank 0 of two with data-parallel attention; the other rank does not exist.
+
+    With a second stream the same launches are in the graph: the stream forks, and joins again.
+    """
     tiny_llama4(tmp_path, seed=3, layers=2, experts=4, chunk=8)
     config = GroupConfig(
         model_path=str(tmp_path),
@@ -147,6 +151,8 @@ def test_launches_of_an_exchange_in_blocks(tmp_path: Path) -> None:
         assert dist.group.WORLD is not None and runner._graphs is not None
         runner.mesh._stage_group = dist.group.WORLD
         runner.mesh._exchange = DirectExchange(0, dist.group.WORLD)
+        if beside:
+            runner.mesh.beside.open(dist.HashStore(), 0, 1)
         device.clear()
         for all_greedy in (None, True):
             runner._capture(runner._graphs, 2, all_greedy)

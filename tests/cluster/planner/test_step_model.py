@@ -20,12 +20,13 @@ from arriero.cluster.planner.step_model.constants import (
     with_bench,
 )
 from arriero.cluster.planner.step_model.ends import FILTER_PASSES
-from arriero.cluster.planner.step_model.estimate import estimate
+from arriero.cluster.planner.step_model.estimate import estimate, overlap_s
 from arriero.cluster.planner.step_model.layers import PROMPT_TILE_ROWS, SPLIT_TOKENS
 from arriero.cluster.planner.step_model.speed import speed
-from arriero.cluster.planner.step_model.work import Item, StepLoad, launches_by_kernel
+from arriero.cluster.planner.step_model.work import Item, StepLoad, Work, launches_by_kernel
 from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.kernels.registry import Kernels
+from arriero.shards.collectives import half_steps
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 
@@ -160,6 +161,64 @@ def test_tp_sums_of_a_machine_are_launches_without_messages() -> None:
     prompt = StepLoad(sequences=1, new_tokens=8192, context=8192)
     step = step_of("llama-3.1-405b", "bfloat16", ParallelConfig(tp=8), prompt)
     assert sum(work.meetings for work in step.works) == 0, "large sums are NCCL's"
+
+
+def test_a_prompt_in_halves_does_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same products and pairs of query and key; weights are read twice, launches double."""
+    layout = ParallelConfig(tp=8, pp=2)
+    load = StepLoad(sequences=1, new_tokens=8192, context=8192)
+    halves = step_of("llama-3.1-405b", "fp8", layout, load)
+    monkeypatch.setattr(half_steps, "LEAST_ROWS", 8193)
+    whole = step_of("llama-3.1-405b", "fp8", layout, load)
+    assert sum(w.operations for w in halves.works) == sum(w.operations for w in whole.works)
+    weights = sum(r.weights.by_kind["mlp"] for r in whole.plan.ranks if r.part.tp_rank == 0)
+    assert bytes_of(halves, "MLP") - bytes_of(whole, "MLP") == pytest.approx(weights, rel=0.01)
+    assert sum(w.beside for w in halves.works) == 4 * 126, "two sums a layer, each in halves"
+    assert not any(w.beside for w in whole.works)
+    links = [sum(w.link_bytes for w in step.works) for step in (halves, whole)]
+    assert links[0] == pytest.approx(links[1])
+    for item, extra in (("MLP", 0), ("TP sums", 1)):  # the embedding's sum stays whole
+        twice, once = (
+            sum(w.num_launches for w in step.works if w.item == item) for step in (halves, whole)
+        )
+        assert twice - 2 * once == -3 * extra
+    times = estimate(halves), estimate(whole)
+    assert times[0].estimate_s < 0.8 * times[1].estimate_s
+    assert times[0].floor_s < times[1].floor_s
+    (sums,) = (item for item in times[0].items if item.item == "TP sums")
+    assert 0 <= sums.floor_s < sums.estimate_s < 0.01, "the embedding's, and half a sum a stage"
+
+
+def test_each_half_sum_has_a_block_beside_it() -> None:
+    """Two layers: 8 half sums of 1 s, 4 blocks of attention of 0.5 s, 4 of MLP of 2 s."""
+    stage = [
+        Work(item="TP sums", nbytes=8, beside=8),
+        Work(item="TP sums", nbytes=100),
+        Work(item="q, k, v product", nbytes=1),
+        Work(item="norms, residual", nbytes=1),
+        Work(item="attention", nbytes=0.5),
+        Work(item="MLP", nbytes=7.5),
+    ]
+    assert overlap_s(stage, lambda work: work.nbytes) == 3 * 0.5 + 4 * 1
+    assert overlap_s(stage[1:], lambda work: work.nbytes) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "load"),
+    [
+        ("llama-3.1-405b", ParallelConfig(tp=8), StepLoad(sequences=2048, context=4096)),
+        ("llama-3.1-405b", ParallelConfig(pp=16), StepLoad(sequences=1, new_tokens=2, context=2)),
+        (
+            "llama-4-maverick",
+            ParallelConfig(tp=2, dp=4, ep=8),
+            StepLoad(sequences=1, new_tokens=8192, context=8192),
+        ),
+    ],
+)
+def test_decodes_and_exchanges_stay_whole(
+    model: str, layout: ParallelConfig, load: StepLoad
+) -> None:
+    assert not any(work.beside for work in step_of(model, "fp8", layout, load).works)
 
 
 def test_prompts_with_data_parallel_attention_run_outside_of_graphs() -> None:

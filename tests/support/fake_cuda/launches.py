@@ -68,6 +68,8 @@ def checked_launches(ledger: Ledger) -> Iterator[None]:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         name = self.fn.__name__
+        used = [one.memory for one in (*args, *kwargs.values()) if isinstance(one, DeviceTensor)]
+        ledger.streams.use((), filter(None, used), name)  # a kernel may write to any of them
         for at, one in enumerate((*args, *kwargs.values())):
             if isinstance(one, Tensor) and not isinstance(one, DeviceTensor) and one.numel():
                 raise ValueError(

@@ -11,7 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from support.fake_cuda.streams import Streams
 
 ROOMS = ("/shards/", "/kernels/", "/router/", "/cluster/")
 """Folders of the product: a wait is counted with its line there."""
@@ -56,6 +59,8 @@ class Ledger:
         binaries: Triton kernels with what each binary is compiled for; see `specialization`.
         compiles: new binaries, by name of the kernel.
         collectives: by name and ranks.
+        messages: each collective in its order: its name, its ranks and its number of elements.
+        streams: the device's streams, which refuse what no wait puts in order.
         free_bytes: what `torch.cuda.mem_get_info` gives as free, before tensors.
     """
 
@@ -67,6 +72,8 @@ class Ledger:
         self.binaries: set[tuple[Any, ...]] = set()
         self.compiles: Counter[str] = Counter()
         self.collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self.messages: list[tuple[str, tuple[int, ...], int]] = []
+        self.streams: Streams
         self.captures = self.replays = 0
         self.capture_modes: set[str] = set()
         self.recordings: list[list[str]] = []
@@ -79,6 +86,7 @@ class Ledger:
         for counts in (self.waits, self.events, self.pageable, self.launches, self.compiles):
             counts.clear()
         self.collectives.clear()
+        self.messages.clear()
         self.replays = 0
 
     @contextmanager
@@ -106,6 +114,7 @@ class Ledger:
     def wait(self, kind: str) -> None:
         """The host waits for the device."""
         self.refuse(kind)
+        self.streams.host_waits()
         self.waits[f"{kind} @ {where()}"] += 1
 
     def event(self, kind: str) -> None:

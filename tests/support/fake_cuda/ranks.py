@@ -18,7 +18,8 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from support.fake_cuda.ledger import Ledger, Recorded
-from support.fake_cuda.tensors import plain_memory
+from support.fake_cuda.streams import Event, Stream
+from support.fake_cuda.tensors import DeviceTensor, plain_memory
 
 COLLECTIVES = (
     "all_reduce",
@@ -34,11 +35,26 @@ COLLECTIVES = (
 )
 
 
+class _Work:
+    """A collective under way: what the current stream queues after `wait` comes after it."""
+
+    def __init__(self, work: dist.Work, done: Event) -> None:
+        self._work, self._done = work, done
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._done.wait()
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+
 @contextmanager
 def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
     """Let process groups that ask for NCCL be gloo's, over the memory behind the tensors.
 
-    Each collective is counted in `ledger.collectives`, by name and the ranks of its group.
+    Each collective is counted in `ledger.collectives`, by name and the ranks of its group, and
+    uses its tensors on the current stream; with `async_op`, on a stream of the group.
     """
     init: Callable[..., Any] = dist.init_process_group
 
@@ -55,9 +71,20 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
         def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             ranks = tuple(dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD))
             ledger.collectives[name, ranks] += 1
+            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, DeviceTensor)]
+            ledger.messages.append((name, ranks, sum(tensor.numel() for tensor in tensors)))
+            stream = ledger.streams.current
+            if kwargs.get("async_op"):  # NCCL's own stream
+                stream = apart.setdefault(ranks, Stream())
+                stream.wait_stream(ledger.streams.current)
+            memories = [tensor.memory for tensor in tensors if tensor.memory is not None]
+            with ledger.streams.on(stream):
+                ledger.streams.use((), memories, name)
             args, kwargs = pytree.tree_map(plain_memory, (args, kwargs))
             with _disable_current_modes():
                 result = collective(*args, **kwargs)
+            if result is not None and kwargs.get("async_op"):
+                result = _Work(result, stream.record_event())
             if ledger.recording is not None:
                 ledger.recording.append(
                     Recorded(lambda: discard(collective(*args, **kwargs)), name)
@@ -65,6 +92,8 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
             return result
 
         return run
+
+    apart: dict[tuple[int, ...], Stream] = {}
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "init_process_group", init_process_group))
@@ -77,27 +106,45 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def simulated_slices(reports: Path | None = None) -> Iterator[None]:
+def simulated_slices(reports: Path | None = None, *, small_halves: bool = False) -> Iterator[None]:
     """Slices that `spawn_group` starts meanwhile run on a simulated device each.
 
     Args:
         reports: folder for a file RANK.json of each rank, written when the rank ends: what its
             device counted since it was ready to serve (see `Ledger`).
+        small_halves: see `small_halves`.
     """
     from arriero.shards.leader import spawned_group as executor
 
-    with mock.patch.object(executor, "_run_child", partial(child, reports=reports)):
+    run = partial(child, reports=reports, small=small_halves)
+    with mock.patch.object(executor, "_run_child", run):
         yield
 
 
-def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # noqa: ANN401
+@contextmanager
+def small_halves(on: bool = True) -> Iterator[None]:
+    """Let steps from 8 tokens on go in halves, whatever their bytes."""
+    from arriero.shards.collectives import half_steps
+
+    sizes = {"LEAST_ROWS": 8, "LEAST_NBYTES": 0, "ROWS_MULTIPLE": 4}
+    with mock.patch.multiple(half_steps, **(sizes if on else {})):
+        yield
+
+
+def child(
+    rank: int,
+    ticket: Any,  # noqa: ANN401
+    *,
+    reports: Path | None = None,
+    small: bool = False,
+) -> None:
     """What a slice's process runs in place of `executor._run_child`."""
     from support import triton_interpreter
 
     triton_interpreter.install()  # before anything imports the kernels
     from support.fake_cuda.runtime import simulated
 
-    with simulated() as ledger:
+    with simulated() as ledger, small_halves(small):
         from arriero.shards.leader import spawned_group as executor
         from arriero.shards.worker.cuda.runner import CudaRunner
 
@@ -120,5 +167,6 @@ def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # no
                     "compiles": dict(ledger.compiles),
                     "launches": dict(ledger.launches),
                     "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
+                    "messages": ledger.messages,
                 }
                 (reports / f"{rank}.json").write_text(json.dumps(counts))

@@ -1,4 +1,4 @@
-"""What stands in for `torch.cuda`: events, streams, graphs, memory; threads see the device too.
+"""What stands in for `torch.cuda`: graphs and memory, streams; threads see the device too.
 
 All is put back at the end, so that other tests of the same process see no device.
 """
@@ -6,7 +6,6 @@ All is put back at the end, so that other tests of the same process see no devic
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from support.fake_cuda.launches import checked_launches
 from support.fake_cuda.ledger import Ledger, Recorded
 from support.fake_cuda.ranks import gloo_for_nccl
+from support.fake_cuda.streams import Event, Memory, Stream, Streams
 from support.fake_cuda.symmetric import shared_blocks
 from support.fake_cuda.tensors import (
     DEVICE,
@@ -38,58 +38,16 @@ def ledger() -> Ledger:
     return Simulation.current.ledger
 
 
-class Event:
-    """A point in the device's work, which is always past it: the device has no time of its own."""
-
-    def __init__(self, enable_timing: bool = False, **more: object) -> None:
-        self._at_s = 0.0
-
-    def record(self, stream: object = None) -> None:
-        self._at_s = time.perf_counter()
-
-    def query(self) -> bool:
-        ledger().refuse("cudaEventQuery")
-        return True
-
-    def synchronize(self) -> None:
-        ledger().event("event.synchronize")
-
-    def elapsed_time(self, other: Event) -> float:
-        return (other._at_s - self._at_s) * 1e3
-
-    def wait(self, stream: object = None) -> None:
-        """On the device; the host goes on."""
-
-
-class Stream:
-    """Work in order; there is one order here."""
-
-    def __init__(self, device: object = None, **more: object) -> None:
-        """Of any device."""
-
-    def wait_stream(self, other: Stream) -> None:
-        """On the device."""
-
-    def wait_event(self, event: Event) -> None:
-        """On the device."""
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        ledger().event("stream.synchronize")
-
-
 class CUDAGraph:
     """What was recorded, and runs again over the same memory."""
 
     def __init__(self, *more: object) -> None:
         self.recorded: list[Recorded] = []
+        self.touched: list[Memory] = []
 
     def replay(self) -> None:
         ledger().replays += 1
+        ledger().streams.use((), self.touched, "a graph")
         with _disable_current_modes():
             for one in self.recorded:
                 made = [m for m in pytree.tree_leaves(one.run()) if isinstance(m, Tensor)]
@@ -106,14 +64,13 @@ def graph(
     capture_error_mode: str = "global",
 ) -> Iterator[None]:
     """As `torch.cuda.graph`."""
-    with ledger().capturing(made.recorded, capture_error_mode):
+    device = ledger()
+    with (
+        device.capturing(made.recorded, capture_error_mode),
+        device.streams.capturing() as touched,
+    ):
         yield
-
-
-@contextmanager
-def on_stream(stream: object) -> Iterator[None]:
-    """As `torch.cuda.stream`."""
-    yield
+    made.touched = touched
 
 
 def _mem_get_info(device: object = None) -> tuple[int, int]:
@@ -123,6 +80,7 @@ def _mem_get_info(device: object = None) -> tuple[int, int]:
 
 def _synchronize(device: object = None) -> None:
     ledger().wait("torch.cuda.synchronize")
+    ledger().streams.host_waits_for_all()
 
 
 _convert, _listed = Tensor.to, torch.tensor
@@ -171,7 +129,7 @@ def simulated(*, vendor_products: bool = True) -> Iterator[Ledger]:
         with simulation:
             return run_thread(self)
 
-    stream = Stream()
+    streams = Streams(kept)
     cudart = SimpleNamespace(cudaHostRegister=lambda *args: 1, cudaHostUnregister=lambda *args: 0)
     replaced: dict[str, Any] = {
         "_lazy_init": lambda: None,
@@ -185,9 +143,9 @@ def simulated(*, vendor_products: bool = True) -> Iterator[Ledger]:
         "Stream": Stream,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
-        "stream": on_stream,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
+        "stream": streams.on,
+        "current_stream": lambda device=None: streams.current,
+        "default_stream": lambda device=None: streams.default,
         "graph_pool_handle": lambda: (0, 1),
         "memory_allocated": lambda device=None: bytes_allocated(),
         "mem_get_info": _mem_get_info,
@@ -202,6 +160,7 @@ def simulated(*, vendor_products: bool = True) -> Iterator[Ledger]:
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run))
         stack.enter_context(mock.patch.object(Simulation, "current", simulation))
+        stack.enter_context(mock.patch.object(Streams, "in_place", streams))
         stack.enter_context(device_guard())
         stack.enter_context(checked_launches(kept))
         stack.enter_context(gloo_for_nccl(kept))

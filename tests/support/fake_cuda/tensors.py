@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from support.fake_cuda.ledger import Ledger, Recorded, where
+from support.fake_cuda.streams import Memory, streams
 from support.scaled_fp4 import scaled_mm_v2
 from support.scaled_grouped import scaled_grouped_mm
 
@@ -38,9 +39,10 @@ TO_HOST = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the simulated device; `plain` is its memory."""
+    """A tensor on the simulated device; `plain` has its numbers, `memory` its uses by streams."""
 
     plain: Tensor
+    memory: Memory | None
 
     @staticmethod
     def __new__(cls: type[DeviceTensor], plain: Tensor) -> DeviceTensor:
@@ -52,7 +54,9 @@ class DeviceTensor(Tensor):
             dtype=plain.dtype,
             device=DEVICE,
         )
-        made.plain = plain
+        made.plain, made.memory = plain, None
+        if plain.untyped_storage().nbytes():
+            made.memory = streams().memory(_address(plain))
         return made
 
     @classmethod
@@ -137,7 +141,7 @@ class Simulation(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], *, device: bool) -> Any:  # noqa: ANN401
         """Run an op over the plain memory; what it makes is on the device or not."""
-        name = func.name().split(".")[0]
+        name, schema = func.name().split(".")[0], func._schema
         plain_args, plain_kwargs = pytree.tree_map(_plain, (args, kwargs))
         if func is aten.mm.dtype:  # the CPU has none
 
@@ -152,6 +156,7 @@ class Simulation(TorchDispatchMode):
             out = func(*plain_args, **plain_kwargs)
             inputs = (plain_args, plain_kwargs)
             self._record(name, lambda: func(*plain_args, **plain_kwargs), inputs, out)
+        self._use(schema, name, args, kwargs, out)
         if not device:
             return out
         given = dict(
@@ -170,6 +175,30 @@ class Simulation(TorchDispatchMode):
             return DeviceTensor(one)
 
         return pytree.tree_map(wrap, out)
+
+    def _use(
+        self,
+        schema: Any,  # noqa: ANN401
+        name: str,
+        args: Any,  # noqa: ANN401
+        kwargs: dict[str, Any],
+        out: Any,  # noqa: ANN401
+    ) -> None:
+        """Tell the streams what the op has read and written; a view does neither."""
+        reads: list[Memory] = []
+        writes: list[Memory] = []
+        for at, argument in enumerate(schema.arguments):
+            value = args[at] if at < len(args) else kwargs.get(argument.name)
+            writes_it = argument.alias_info is not None and argument.alias_info.is_write
+            for one in pytree.tree_leaves(value):
+                if isinstance(one, DeviceTensor) and one.memory is not None:
+                    (writes if writes_it else reads).append(one.memory)
+        if not reads and not writes:
+            return
+        made = [_address(one) for one in pytree.tree_leaves(out) if isinstance(one, Tensor)]
+        of_inputs = {_address(one) for one in pytree.tree_leaves((args, kwargs)) if _is(one)}
+        if writes or not made or not of_inputs.issuperset(made):
+            self.ledger.streams.use(reads, writes, name)
 
     def _record(self, name: str, run: Callable[[], Any], inputs: Any, out: Any) -> None:  # noqa: ANN401
         recorded = self.ledger.recording
@@ -243,6 +272,10 @@ def _index(index: Any) -> Any:  # noqa: ANN401
     if isinstance(index, tuple):
         return tuple(map(_index, index))
     return torch.tensor(index) if isinstance(index, list) else index
+
+
+def _is(one: object) -> bool:
+    return isinstance(one, DeviceTensor)
 
 
 def _plain(one: Any) -> Any:  # noqa: ANN401

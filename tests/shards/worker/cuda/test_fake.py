@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.fake_cuda import Ledger, simulated
+from support.fake_cuda.streams import UnorderedStreams
 
 
 @pytest.fixture
@@ -85,6 +86,80 @@ def test_other_threads_while_one_captures(device: Ledger, mode: str) -> None:
         thread.start()
         thread.join()
     assert len(errors) == (mode == "global")
+
+
+def test_streams_need_a_wait_between_a_write_and_a_read(device: Ledger) -> None:
+    """The numbers are right here, since all runs at once; on a device they would not be."""
+    side, x = torch.cuda.Stream(), torch.ones(3, device="cuda")
+    with torch.cuda.stream(side), pytest.raises(UnorderedStreams, match=r"aten::add reads .*wait"):
+        x + 1
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        view = x[1:]  # a view reads nothing
+        y = view + 1
+        done = side.record_event()
+        z = view * 2
+    with pytest.raises(UnorderedStreams, match="aten::sum reads"):
+        y.sum()
+    done.wait()
+    assert y.sum().item() == 4
+    with pytest.raises(UnorderedStreams, match="aten::sum reads"):
+        z.sum()  # it came after the event
+    with pytest.raises(UnorderedStreams, match="aten::fill_ writes"):
+        x.fill_(3)  # the other stream may not have read it yet
+    torch.cuda.current_stream().wait_stream(side)
+    x.fill_(3)
+
+
+def test_a_wait_of_the_host_puts_streams_in_order(device: Ledger) -> None:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x, y = torch.ones(3, device="cuda"), torch.ones(3, device="cuda")
+    side.record_event().query()
+    with pytest.raises(UnorderedStreams):
+        x + 1
+    side.synchronize()
+    assert (x + y).sum().item() == 6
+
+
+def test_memory_returns_to_the_stream_that_it_came_from(device: Ledger) -> None:
+    side, x = torch.cuda.Stream(), torch.ones(3, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = x + 1
+    del x  # the other stream may still read it
+    with pytest.raises(UnorderedStreams, match="freed tensor is given out"):
+        torch.zeros(3, device="cuda")
+    del y
+    torch.zeros(3, device="cuda")
+
+
+def test_a_capture_forks_and_joins(device: Ledger) -> None:
+    side, x = torch.cuda.Stream(), torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = x + 1
+        torch.cuda.current_stream().wait_stream(side)
+        x.copy_(y)
+    graph.replay()
+    assert x.tolist() == [3, 3, 3]
+    with pytest.raises(UnorderedStreams, match="no wait joins"), torch.cuda.graph(graph):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x + 1
+    outside = torch.cuda.current_stream().record_event()
+    with pytest.raises(UnorderedStreams, match="no part"), torch.cuda.graph(graph):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x + 1
+    with pytest.raises(UnorderedStreams, match="outside of it"), torch.cuda.graph(graph):
+        outside.wait()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), pytest.raises(UnorderedStreams, match="a graph"):
+        graph.replay()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
 
 
 def test_all_is_put_back() -> None:
