@@ -26,12 +26,13 @@ class PendingSum(Protocol):
 class HalfSums(Protocol):
     """Sums over the slices of a stage beside the products of other rows."""
 
-    def first_half(self, num_rows: int, row_nbytes: int) -> int:
+    def first_half(self, num_rows: int, row_nbytes: int, *, routed: bool) -> int:
         """Rows of the first half of a step; 0: the step stays whole. The same on all slices.
 
         Args:
             num_rows: rows of the step.
             row_nbytes: bytes of a row of a sum.
+            routed: whether some layers have routed experts.
         """
 
     def begin_reduce(self, part_TH: Tensor) -> PendingSum:

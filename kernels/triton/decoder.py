@@ -117,7 +117,9 @@ class TritonDecoder:
         """
         if self.half_sums is None or self.experts is not None or batch.max_query == 1:
             return 0
-        return self.half_sums.first_half(len(x_TH), x_TH.shape[1] * x_TH.element_size())
+        routed = any(isinstance(layer, MoELayer) for layer in self.layers)
+        row_nbytes = x_TH.shape[1] * x_TH.element_size()
+        return self.half_sums.first_half(len(x_TH), row_nbytes, routed=routed)
 
     @staticmethod
     def _run(*passes: Iterator[None]) -> None:

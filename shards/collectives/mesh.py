@@ -266,9 +266,9 @@ class Mesh:
             all_gather(gathered, x_TH.contiguous(), self._tp_group)
         return self.add_parts(gathered.view(self.tp, *x_TH.shape))
 
-    def first_half(self, num_rows: int, row_nbytes: int) -> int:
+    def first_half(self, num_rows: int, row_nbytes: int, *, routed: bool) -> int:
         """Rows of the first half of a step; 0 for a whole step. See `HalfSums`."""
-        return first_half(self.tp, num_rows, row_nbytes) if self.beside.on else 0
+        return first_half(self.tp, num_rows, row_nbytes, routed=routed) if self.beside.on else 0
 
     def begin_reduce(self, part_TH: Tensor) -> Pending[Tensor]:
         """`reduce` beside what the current stream does next. See `HalfSums`."""

@@ -29,7 +29,7 @@ class _LateSums:
         self._beside = Beside(at.device)
         self._beside.open(HashStore(), 0, 1)
 
-    def first_half(self, num_rows: int, row_nbytes: int) -> int:
+    def first_half(self, num_rows: int, row_nbytes: int, *, routed: bool) -> int:
         return self._cut
 
     def begin_reduce(self, part_TH: Tensor) -> PendingSum:

@@ -58,7 +58,8 @@ class RankStep:
         """Rows of the first half of the step; 0 for a step that stays whole."""
         if self.captured or self.exchanges:
             return 0
-        return first_half(self.plan.layout.tp, self.load.tokens, self.row)
+        routed = bool(self.routed_layers)
+        return first_half(self.plan.layout.tp, self.load.tokens, self.row, routed=routed)
 
     @property
     def row(self) -> int:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
 from arriero.shards.collectives.beside import SWITCH, Beside
-from arriero.shards.collectives.half_steps import LEAST_ROWS, ROWS_MULTIPLE, first_half
+from arriero.shards.collectives.half_steps import (
+    LEAST_ROUTED_ROWS,
+    LEAST_ROWS,
+    ROWS_MULTIPLE,
+    first_half,
+)
 from arriero.shards.collectives.symmetric_sizes import BUFFER_NBYTES
 from support.fake_cuda import simulated
 
@@ -19,15 +25,22 @@ ROW_405B = 16384 * 2
 
 
 def test_steps_with_many_rows_and_bytes_go_in_halves() -> None:
-    assert first_half(8, 8192, ROW_405B) == 4096
-    assert first_half(8, LEAST_ROWS, ROW_405B) == LEAST_ROWS // 2
-    assert first_half(8, LEAST_ROWS - 1, ROW_405B) == 0, "half would read weights for too few rows"
-    assert first_half(8, BUFFER_NBYTES // 8192, 8192) == 0, "symmetric memory has room for the sum"
-    assert first_half(8, BUFFER_NBYTES // 8192 + 1, 8192) == 1024
-    assert first_half(1, 8192, ROW_405B) == 0, "a rank alone sums nothing"
+    first = partial(first_half, routed=False)
+    assert first(8, 8192, ROW_405B) == 4096
+    assert first(8, LEAST_ROWS, ROW_405B) == LEAST_ROWS // 2
+    assert first(8, LEAST_ROWS - 1, ROW_405B) == 0, "half would read weights for too few rows"
+    assert first(8, BUFFER_NBYTES // 8192, 8192) == 0, "symmetric memory has room for the sum"
+    assert first(8, BUFFER_NBYTES // 8192 + 1, 8192) == 1024
+    assert first(1, 8192, ROW_405B) == 0, "a rank alone sums nothing"
     for rows in range(LEAST_ROWS, 3 * LEAST_ROWS, 37):
-        first = first_half(2, rows, ROW_405B)
-        assert first % ROWS_MULTIPLE == 0 and 0 < first <= rows - first < first + 2 * ROWS_MULTIPLE
+        half = first(2, rows, ROW_405B)
+        assert half % ROWS_MULTIPLE == 0 and 0 < half <= rows - half < half + 2 * ROWS_MULTIPLE
+
+
+def test_steps_with_routed_experts_need_more_rows() -> None:
+    """Each half reads most experts."""
+    for rows, half in ((LEAST_ROUTED_ROWS - 1, 0), (LEAST_ROUTED_ROWS, LEAST_ROUTED_ROWS // 2)):
+        assert first_half(8, rows, ROW_405B, routed=True) == half
 
 
 def test_a_cpu_runs_the_work_at_once() -> None:

@@ -126,7 +126,7 @@ def small_halves(on: bool = True) -> Iterator[None]:
     """Let steps from 8 tokens on go in halves, whatever their bytes."""
     from arriero.shards.collectives import half_steps
 
-    sizes = {"LEAST_ROWS": 8, "LEAST_NBYTES": 0, "ROWS_MULTIPLE": 4}
+    sizes = {"LEAST_ROWS": 8, "LEAST_ROUTED_ROWS": 8, "LEAST_NBYTES": 0, "ROWS_MULTIPLE": 4}
     with mock.patch.multiple(half_steps, **(sizes if on else {})):
         yield
 
