@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 SYSTEM = Path("/sys/devices/system")
 
@@ -52,7 +52,8 @@ def nodes(system: Path = SYSTEM) -> list[frozenset[int]]:
     return [node for node in found if node] or [allowed]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """A slice among the slices of its group on the same machine.
 
     Attributes:

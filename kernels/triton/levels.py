@@ -77,7 +77,7 @@ def _fp4_value(code: tl.tensor) -> tl.tensor:
 def _by_pairs(
     word: tl.tensor, ASM: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    return tl.inline_asm_elementwise(
+    return tl.inline_asm_elementwise(  # type: ignore[no-any-return]
         asm=ASM,
         constraints="=r,=r,=r,=r,r",
         args=[word],
@@ -127,4 +127,4 @@ def four_bit_levels(
             _level(word, 2, KIND, HAS_ZEROS, DOT),
             _level(word, 3, KIND, HAS_ZEROS, DOT),
         )
-    return levels
+    return levels  # type: ignore[no-any-return]

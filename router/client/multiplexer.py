@@ -11,7 +11,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import grpc
 import grpc.aio
@@ -221,7 +221,8 @@ def _status_error(status: pb.CallStatus) -> grpc.aio.AioRpcError:
 def _copy(error: Exception) -> grpc.aio.AioRpcError:
     """The error of a stream, for a call; tasks that raise the same exception mix their traces."""
     if isinstance(error, grpc.aio.AioRpcError):
-        return _failure(error.code(), error.details(), error.trailing_metadata())
+        trailing = cast(grpc.aio.Metadata, error.trailing_metadata())
+        return _failure(error.code(), error.details(), trailing)
     return _failure(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
