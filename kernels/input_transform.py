@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arriero.kernels.input_levels import int8_rows, static_float8, static_levels
 from arriero.kernels.quantized_weight import FP8_MAX, nonzero
+from arriero.kernels.rounded_rows import InputRows, RoundedRows
 
 if TYPE_CHECKING:
     from arriero.kernels.ops import Ops
@@ -114,17 +115,22 @@ def float8_rows(ops: Ops, x_TI: Tensor, inputs: InputTransform) -> tuple[Tensor,
     return ops.quantize_rows(x_TI, inputs.bound)
 
 
-def linear(ops: Ops, x_TI: Tensor, w: Linear) -> Tensor:
+def linear(ops: Ops, x: InputRows, w: Linear) -> Tensor:
     """`Ops.linear` for weights with `inputs`: transform x, then multiply without `inputs`."""
     assert w.inputs is not None, "weights of pack_transformed have inputs"
-    x_TI = x_TI if w.inputs.order_I is None else x_TI.index_select(1, w.inputs.order_I)
-    plain = replace(w, in_features=x_TI.shape[1], inputs=None, bias=None)
-    if w.inputs.rounds:
-        q_TI, scale_T1 = rounded(ops, x_TI, w.inputs)
-        y_TO = ops.linear(q_TI, plain).mul_(scale_T1)
+    if isinstance(x, Tensor) and w.inputs.order_I is not None:
+        x = x.index_select(1, w.inputs.order_I)
+    scale: Tensor | None = None
+    if isinstance(x, RoundedRows):
+        q_TI, scale = x.levels_TI.float(), x.scale_T1
+    elif w.inputs.rounds:
+        q_TI, scale = rounded(ops, x, w.inputs)
     else:
-        y_TO = ops.linear(x_TI, plain)
-    return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
+        q_TI = x
+    y_TO = ops.linear(q_TI, replace(w, in_features=q_TI.shape[1], inputs=None, bias=None))
+    if scale is not None:
+        y_TO = y_TO.mul_(scale)
+    return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x.dtype)
 
 
 def grouped_linear(ops: Ops, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:

@@ -49,15 +49,17 @@ from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.rounded_rows import InputRows, Rounding, unrounded
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.kernels.symmetric_memory import RankSums
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a partial result [T, H] over the slices of a tensor-parallel stage, perhaps in place."""
 
-ReduceNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
-"""(part, x, weight, eps): adds the sum of the slices' parts to x, in place, and gives the norm of
-x; the bits of `Reduce`, a sum and `Ops.rms_norm`. None, without any effect, where these do it."""
+ReduceNorm = Callable[[Tensor, Tensor, Tensor, float, Rounding | None], InputRows | None]
+"""(part, x, weight, eps, rounding): adds the sum of the slices' parts to x, in place, and gives the
+norm of x, rounded for the product that reads it where `rounding` is given; the bits of `Reduce`, a
+sum and `Ops.rms_norm`. None, without any effect, where these do it."""
 
 Experts = Callable[[Tensor, MoELayer, AdapterRows | None], Tensor]
 """As `Ops.moe_block`, with experts on other ranks."""
@@ -317,6 +319,11 @@ class Ops(ABC):
         ]
         return torch.cat(parts) if parts else x_XI.new_empty(0, experts[0].out_features)
 
+    def expert_mlp(self, x_XH: Tensor, layer: MoELayer, starts_E1: Tensor) -> Tensor:
+        """Outputs of a layer's experts for rows sorted by expert, times their scores: [X, H]."""
+        y_XF2 = self.grouped_linear(x_XH, layer.experts_gate_up, starts_E1)
+        return self.grouped_linear(self.silu_mul(y_XF2), layer.experts_down, starts_E1)
+
     def replace_experts(self, old: MoELayer, new: MoELayer) -> None:  # noqa: B027
         """Let cached data of a layer's experts be of other experts, and free what is left over.
 
@@ -393,6 +400,20 @@ class Ops(ABC):
         """Norm, gate and up, SwiGLU, down: a partial result [T, H]."""
         h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
         return adapted.gated_mlp(self, h_TH, layer, adapters)
+
+    def mlp_rows(self, x_TH: Tensor, layer: DenseLayer) -> InputRows:
+        """The norm before a layer's MLP, as `gated_mlp` takes it.
+
+        A backend may round the rows for the MLP's product in the same launch; for a layer with
+        experts `unrounded` gives the rows of the norm itself.
+        """
+        return self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
+
+    def gated_mlp(
+        self, h: InputRows, layer: DenseLayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """Gate and up, SwiGLU, down, of rows of `mlp_rows`: a partial result [T, H]."""
+        return adapted.gated_mlp(self, unrounded(h), layer, adapters)
 
     def decoder(
         self,

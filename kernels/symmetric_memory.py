@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from arriero.kernels.rounded_rows import InputRows, Rounding
+
 PROGRAMS = 64
 """Most programs of a kernel. A program waits for the same program of every other rank, so that all
 programs must run at once; GPUs from A100 on have at least 98 multiprocessors."""
@@ -82,8 +84,12 @@ class RankSums(Protocol):
         eps: float,
         *,
         divides: bool,
-    ) -> Tensor:
-        """Add the sum to x, in place, and give the norm of x; x has the dtype of the parts."""
+        rounding: Rounding | None = None,
+    ) -> InputRows:
+        """Add the sum to x, in place, and give the norm of x; x has the dtype of the parts.
+
+        With `rounding` the norm is rounded to float8, for the product that reads it.
+        """
 
 
 def stored_nbytes(row_nbytes: int) -> int:

@@ -1,11 +1,11 @@
-"""The Triton backend: the kernel of each op, and the decoder's fused loop.
+"""The Triton backend: the kernel of each op; `routed_experts` and `fused_layers` have the layers.
 
 Knows the op list; knows nothing of the inside of kernels. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,14 @@ from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat, check
 from arriero.kernels.flat_batch import FlatBatch
-from arriero.kernels.halves import HalfSums
 from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
-from arriero.kernels.layer_cache import LayerCache, layer_caches
-from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.layers import DenseLayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce, ReduceNorm
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.rounded_rows import InputRows, RoundedRows, unrounded
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.kernels.symmetric_memory import RankSums
 from arriero.kernels.triton import (
@@ -38,7 +36,6 @@ from arriero.kernels.triton import (
     norm,
     rope,
     sampling,
-    scaled_experts,
     scaled_products,
     sums,
     symmetric_sums,
@@ -47,17 +44,16 @@ from arriero.kernels.triton import (
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.block_scaled import BlockScaled
 from arriero.kernels.triton.decode import attend_decodes
-from arriero.kernels.triton.decoder import TritonDecoder
-from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import unit_stride
 from arriero.kernels.triton.prefill import attend_prefills
+from arriero.kernels.triton.routed_experts import RoutedExperts
 from arriero.kernels.triton.tuning import attention_blocks
 from arriero.kernels.triton.upload import Upload
 from arriero.kernels.triton.weights import Packed
 
 
-class TritonOps(Ops):
+class TritonOps(RoutedExperts):
     """The op list on a CUDA device; on CPU only where Triton is interpreted.
 
     Attributes:
@@ -74,20 +70,22 @@ class TritonOps(Ops):
     rank_sums: RankSums | None = symmetric_sums
 
     def __init__(self, device: torch.device, *, batch_independent: bool) -> None:
+        super().__init__()
         self.device, self.batch_independent = device, batch_independent
         self._upload = Upload(device)
         self._arrivals = matmul.make_arrivals(device)
-        self._experts: dict[tuple[int, ...], ExpertWeights] = {}
 
     def pack_linear(
         self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
     ) -> Linear:
         """Stack by rows on the device; see `Ops.pack_linear`."""
-        return _linear(weights.pack_dense(weights_OI, bias_O, dtype, self.device, self._upload))
+        return weights.linear(
+            weights.pack_dense(weights_OI, bias_O, dtype, self.device, self._upload)
+        )
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Keep the rows; see `Ops.pack_vocab`."""
-        return _vocab(
+        return weights.vocab(
             weights.pack_dense([weight_VH], None, dtype, self.device, self._upload), first_row
         )
 
@@ -96,7 +94,7 @@ class TritonOps(Ops):
         self._check_kind(parts[0])
         if parts[0].kind == "fp8" and not self.batch_independent:
             scaled_products.works_on(self.device)  # found out while weights load, not in a step
-        return _linear(weights.pack_quantized(parts, bias_O, self.device, self._upload))
+        return weights.linear(weights.pack_quantized(parts, bias_O, self.device, self._upload))
 
     def pack_transformed(
         self, parts: Sequence[QuantizedWeight], bias_O: Tensor | None, inputs: InputTransform
@@ -131,7 +129,9 @@ class TritonOps(Ops):
         self._check_kind(weight)
         if weight.kind == "fp4":
             raise NotImplementedError("kernels='triton' has no fp4 tables; use plain tables")
-        return _vocab(weights.pack_quantized([weight], None, self.device, self._upload), first_row)
+        return weights.vocab(
+            weights.pack_quantized([weight], None, self.device, self._upload), first_row
+        )
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
@@ -154,28 +154,35 @@ class TritonOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
-        if w.inputs is None:
-            return self._matmul(x_TI, w.packed)
-        if isinstance(w.packed, BlockScaled):
-            return self._block_scaled_linear(x_TI, w, w.packed)
-        if self._scales_in_product(x_TI, w):
-            return self._scaled_linear(x_TI, w, w.inputs)
-        return input_transform.linear(self, x_TI, w)
+        return self._product(x_TI, w)
 
-    def _scales_in_product(self, x_TI: Tensor, w: Linear) -> bool:
+    def _product(self, x: InputRows, w: Linear) -> Tensor:
+        """See `FusedLayers._product`."""
+        if w.inputs is None:
+            return self._matmul(unrounded(x), w.packed)
+        if isinstance(w.packed, BlockScaled):
+            return self._block_scaled_linear(unrounded(x), w, w.packed)
+        if self._scales_in_product(x, w):
+            return self._scaled_linear(x, w, w.inputs)
+        return input_transform.linear(self, x, w)
+
+    def _scales_in_product(self, x: InputRows, w: Linear) -> bool:
         """Whether torch's float8 product computes this one; see `scaled_products`."""
         if self.batch_independent or w.inputs is None or not w.inputs.float8:
             return False
-        if x_TI.is_cuda and x_TI.dtype != torch.bfloat16:
+        if x.is_cuda and x.dtype != torch.bfloat16:
             return False
         return scaled_products.takes(w.packed) and scaled_products.works_on(self.device)
 
-    def _scaled_linear(self, x_TI: Tensor, w: Linear, inputs: InputTransform) -> Tensor:
+    def _scaled_linear(self, x: InputRows, w: Linear, inputs: InputTransform) -> Tensor:
         """The product with inputs rounded to float8, on the tensor cores' own type."""
-        if inputs.order_I is not None:
-            x_TI = x_TI.index_select(1, inputs.order_I)
-        q_TI, scale = input_transform.float8_rows(self, x_TI, inputs)
-        y_TO = scaled_products.multiply(q_TI, scale, w.packed, x_TI.dtype)
+        if isinstance(x, RoundedRows):
+            q_TI, scale = x.levels_TI, x.scale_T1
+        else:
+            if inputs.order_I is not None:
+                x = x.index_select(1, inputs.order_I)
+            q_TI, scale = input_transform.float8_rows(self, x, inputs)
+        y_TO = scaled_products.multiply(q_TI, scale, w.packed, x.dtype)
         return y_TO if w.bias is None else y_TO.add_(w.bias)
 
     def _block_scaled_linear(self, x_TI: Tensor, w: Linear, packed: BlockScaled) -> Tensor:
@@ -251,45 +258,6 @@ class TritonOps(Ops):
         """As `moe_permute` for all experts, without a wait; see `Ops.moe_permute_all`."""
         return experts.permute(routing, 0, num_experts)
 
-    def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
-        """The rows of each expert times its matrix, in a single launch."""
-        inputs = experts[0].inputs
-        if isinstance(experts[0].packed, BlockScaled):  # not of `pack_expert`
-            return super().grouped_linear(x_XI, experts, starts_E1)
-        if inputs is not None:
-            if inputs.bound is not None and self._scales_in_experts(x_XI, experts):
-                table, rows = self._table(experts), x_XI.shape[0]
-                return scaled_experts.multiply(x_XI, table, inputs.bound, starts_E1, rows)
-            return input_transform.grouped_linear(self, x_XI, experts, starts_E1)
-        return matmul.grouped_matmul(
-            self._input(x_XI, experts[0].packed),
-            self._table(experts),
-            starts_E1,
-            x_XI.shape[0],
-            batch_independent=self.batch_independent,
-        )
-
-    def _scales_in_experts(self, x: Tensor, experts: Sequence[Linear]) -> bool:
-        """Whether torch's grouped float8 product computes this one; see `scaled_experts`."""
-        if experts[0].inputs is None or (x.is_cuda and x.dtype != torch.bfloat16):
-            return False
-        return self._table(experts).stack is not None
-
-    def replace_experts(self, old: MoELayer, new: MoELayer) -> None:
-        """Put other experts into the tables of a layer, which captured graphs read."""
-        for before, after in (
-            (old.experts_gate_up, new.experts_gate_up),
-            (old.experts_down, new.experts_down),
-        ):
-            table = self._experts.pop(_key(before), None)
-            if table is not None:
-                table.replace([linear.packed for linear in after])
-                self._experts[_key(after)] = table
-
-    def drop_tables(self) -> None:
-        """Drop the tables of experts, which keep the weights alive."""
-        self._experts.clear()
-
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Sum the rows of each token in the order of its choices."""
         return experts.combine(y_XH, permutation.row_TA)
@@ -313,138 +281,6 @@ class TritonOps(Ops):
         """See `Ops.add_lora`."""
         lora.add(y_TO, x_TI, banks, rows)
 
-    def moe_block(
-        self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
-    ) -> Tensor:
-        """Norm, shared expert and routed experts; see `Ops.moe_block`."""
-        if adapters is not None:
-            return super().moe_block(x_TH, layer, adapters)
-        return self._moe(self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps), layer)
-
-    def attention_block(
-        self, x_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
-    ) -> Tensor:
-        """Norm and attention; see `Ops.attention_block`."""
-        if batch.adapters is not None:
-            return super().attention_block(x_TH, layer, kv, kv_layer, batch)
-        h_TH = self.rms_norm(x_TH, layer.attn_norm_H, layer.eps)
-        return self._attention(h_TH, layer, kv, kv_layer, batch)
-
-    def mlp_block(
-        self, x_TH: Tensor, layer: DenseLayer, adapters: AdapterRows | None = None
-    ) -> Tensor:
-        """Norm and MLP; see `Ops.mlp_block`."""
-        if adapters is not None:
-            return super().mlp_block(x_TH, layer, adapters)
-        return self._mlp(self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps), layer)
-
-    def decoder(
-        self,
-        layers: Sequence[DenseLayer],
-        kv: KVCache | None,
-        reduce: Reduce | None,
-        *,
-        local_kv: KVCache | None = None,
-        experts: Experts | None = None,
-        taps: LayerTaps | None = None,
-        reduce_norm: ReduceNorm | None = None,
-        half_sums: HalfSums | None = None,
-    ) -> Callable[[Tensor, FlatBatch], Tensor]:
-        """The pass through a stage's layers; each residual sum is fused with the following norm."""
-        for layer in layers:
-            if isinstance(layer, MoELayer):  # make tables of addresses before any graph capture
-                self._table(layer.experts_gate_up)
-                self._table(layer.experts_down)
-        return TritonDecoder(
-            ops=self,
-            layers=layers,
-            caches=layer_caches(layers, kv, local_kv),
-            reduce=reduce,
-            reduce_norm=reduce_norm,
-            experts=experts,
-            taps=dict(taps or {}),
-            half_sums=half_sums,
-            with_adapters=super().decoder(layers, kv, reduce, local_kv=local_kv, experts=experts),
-        )
-
-    def run_attention(
-        self, h_TH: Tensor, layer: DenseLayer, cache: LayerCache, batch: FlatBatch
-    ) -> Tensor:
-        """`attention_block` after the norm, for a step without adapters."""
-        return self._attention(h_TH, layer, cache.kv, cache.index, cache.batch(batch))
-
-    def run_mlp(self, h_TH: Tensor, layer: DenseLayer) -> Tensor:
-        """`mlp_block` or `moe_block` after the norm, for a step without adapters."""
-        return self._moe(h_TH, layer) if isinstance(layer, MoELayer) else self._mlp(h_TH, layer)
-
-    def _attention(
-        self, h_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
-    ) -> Tensor:
-        q_TND = self.rope_write_kv(self.linear(h_TH, layer.qkv), layer, kv, kv_layer, batch)
-        out_TE = self.paged_attention(
-            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.mask
-        )
-        return self.linear(out_TE, layer.o)
-
-    def _mlp(self, h_TH: Tensor, layer: DenseLayer) -> Tensor:
-        return self.linear(silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
-
-    def _moe(self, h_TH: Tensor, layer: MoELayer) -> Tensor:
-        routing = self.moe_route(h_TH, layer.router, layer.top_k)
-        if layer.experts_down[0].inputs is not None:
-            linears = layer.experts_gate_up, layer.experts_down
-            if all(self._scales_in_experts(h_TH, experts) for experts in linears):
-                return self._scaled_moe(h_TH, layer, routing)
-            return self._moe_with_transform(h_TH, layer, routing)
-        order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
-        rows = routing.experts_TA.numel()
-        gate_up, down = self._table(layer.experts_gate_up), self._table(layer.experts_down)
-        y_XF2 = matmul.grouped_matmul(
-            self._input(h_TH, gate_up.first),
-            gate_up,
-            order.starts_E1,
-            rows,
-            tokens_X=order.token_X,
-            scores_X=order.score_X,
-            batch_independent=self.batch_independent,
-        )
-        y_XH = matmul.grouped_matmul(
-            self._input(silu_mul(y_XF2), down.first),
-            down,
-            order.starts_E1,
-            rows,
-            batch_independent=self.batch_independent,
-        )
-        return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
-
-    def _scaled_moe(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
-        """As `_moe`, by torch's grouped float8 products: two launches for each product."""
-        order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
-        multiply, rows = scaled_experts.multiply, routing.experts_TA.numel()
-        gate_up, down = self._table(layer.experts_gate_up), self._table(layer.experts_down)
-        y_XF2 = multiply(
-            h_TH,
-            gate_up,
-            _bound(layer.experts_gate_up),
-            order.starts_E1,
-            rows,
-            tokens_X=order.token_X,
-            scores_X=order.score_X,
-        )
-        gated_XF = silu_mul(y_XF2)
-        y_XH = multiply(gated_XF, down, _bound(layer.experts_down), order.starts_E1, rows)
-        return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
-
-    def _moe_with_transform(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
-        """As `_moe`, for experts that transform their inputs: gather rows, then multiply."""
-        order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
-        # The tail of token_X is arbitrary, but must stay within the rows.
-        token_X = order.token_X.long().clamp_(0, h_TH.shape[0] - 1)
-        h_XH = h_TH[token_X] * order.score_X[:, None].to(h_TH.dtype)
-        y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
-        y_XH = self.grouped_linear(silu_mul(y_XF2), layer.experts_down, order.starts_E1)
-        return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
-
     def _matmul(self, x_TI: Tensor, w: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
         if w.kind == "dense" and not self.batch_independent and x_TI.is_cuda:
             return F.linear(x_TI.to(w.data.dtype), w.data, w.bias)
@@ -455,21 +291,6 @@ class TritonOps(Ops):
             batch_independent=self.batch_independent,
             out_dtype=out_dtype,
         )
-
-    def _input(self, x: Tensor, w: Packed) -> Tensor:
-        """Activations in the weights' dtype on CUDA, in float32 on CPU."""
-        return x.to(w.data.dtype) if x.is_cuda and w.kind == "dense" else x
-
-    def _table(self, linears: Sequence[Linear]) -> ExpertWeights:
-        key = _key(linears)
-        table = self._experts.get(key)
-        if table is None:
-            stacked = not self.batch_independent and scaled_experts.takes(linears)
-            table = self._experts[key] = ExpertWeights(
-                [linear.packed for linear in linears],
-                stacked=stacked and scaled_experts.works_on(self.device),
-            )
-        return table
 
     def _check_kind(self, weight: QuantizedWeight) -> None:
         if weight.kind != "fp8" or self.device.type != "cuda":
@@ -482,38 +303,6 @@ class TritonOps(Ops):
             )
 
 
-def _key(experts: Sequence[Linear]) -> tuple[int, ...]:
-    """Key of a table of experts; the table keeps the experts alive, so that ids stay unique."""
-    return tuple(id(expert.packed) for expert in experts)
-
-
-def _bound(experts: Sequence[Linear]) -> float:
-    """Bound of the rows' scales, where `scaled_experts` takes the experts."""
-    inputs = experts[0].inputs
-    assert inputs is not None and inputs.bound is not None, "the caller checks"
-    return inputs.bound
-
-
 def _own(kv: KVCache) -> TritonKVCache:
     assert isinstance(kv, TritonKVCache), "a cache belongs to the backend that made it"
     return kv
-
-
-def _linear(packed: Packed) -> Linear:
-    return Linear(
-        out_features=packed.out_features,
-        in_features=packed.in_features,
-        packed=packed,
-        bias=packed.bias,
-        nbytes=packed.nbytes,
-    )
-
-
-def _vocab(packed: Packed, first_row: int) -> Vocab:
-    return Vocab(
-        first_row=first_row,
-        num_rows=packed.out_features,
-        hidden_size=packed.in_features,
-        packed=packed,
-        nbytes=packed.nbytes,
-    )

@@ -1,5 +1,8 @@
 """The decoder's loop on CUDA: residual sums fused with norms, and sums over slices beside products.
 
+A norm rounds its rows where the product that reads them takes rounded ones; x itself, which taps
+and experts on other ranks read, is never rounded.
+
 A step with many rows goes through the layers in two halves that take turns: while the sum of a half
 is under way, the other half computes until its own next sum. A row's numbers are the same either
 way, as far as products do not depend on the number of rows. Knows the order of a layer's parts;
@@ -20,17 +23,20 @@ from arriero.kernels.halves import HalfSums, PendingSum, halved
 from arriero.kernels.layer_cache import LayerCache
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.ops import Experts, LayerTaps, Reduce, ReduceNorm
-from arriero.kernels.triton import norm
+from arriero.kernels.rounded_rows import InputRows, Rounding
+from arriero.kernels.triton.norm import norm_rows
 
 if TYPE_CHECKING:
-    from arriero.kernels.triton.backend import TritonOps
+    from arriero.kernels.triton.fused_layers import FusedLayers
 
 
 class _Sum(Protocol):
     """The sum of a partial result over the slices, and what reads it."""
 
-    def add_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """Add the sum to x, in place, and give the norm of x."""
+    def add_norm(
+        self, x_TH: Tensor, weight_H: Tensor, eps: float, rounding: Rounding | None
+    ) -> InputRows:
+        """Add the sum to x, in place, and give the norm of x, rounded for its reader."""
 
     def add(self, x_TH: Tensor) -> None:
         """Add the sum to x, in place."""
@@ -44,12 +50,14 @@ class _SumInTurn:
     reduce: Reduce | None
     reduce_norm: ReduceNorm | None
 
-    def add_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def add_norm(
+        self, x_TH: Tensor, weight_H: Tensor, eps: float, rounding: Rounding | None
+    ) -> InputRows:
         if self.reduce_norm is not None:
-            h_TH = self.reduce_norm(self.part_TH, x_TH, weight_H, eps)
-            if h_TH is not None:
-                return h_TH
-        return norm.add_rms_norm(x_TH, self._total(), weight_H, eps)
+            h = self.reduce_norm(self.part_TH, x_TH, weight_H, eps, rounding)
+            if h is not None:
+                return h
+        return norm_rows(x_TH, self._total(), weight_H, eps, rounding)
 
     def add(self, x_TH: Tensor) -> None:
         x_TH += self._total()
@@ -64,8 +72,10 @@ class _SumBeside:
 
     pending: PendingSum
 
-    def add_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return norm.add_rms_norm(x_TH, self.pending.wait(), weight_H, eps)
+    def add_norm(
+        self, x_TH: Tensor, weight_H: Tensor, eps: float, rounding: Rounding | None
+    ) -> InputRows:
+        return norm_rows(x_TH, self.pending.wait(), weight_H, eps, rounding)
 
     def add(self, x_TH: Tensor) -> None:
         x_TH += self.pending.wait()
@@ -82,7 +92,7 @@ class TritonDecoder:
         with_adapters: the pass of a batch with adapters.
     """
 
-    ops: TritonOps
+    ops: FusedLayers
     layers: Sequence[DenseLayer]
     caches: Sequence[LayerCache]
     reduce: Reduce | None
@@ -151,21 +161,24 @@ class TritonDecoder:
                 half enters a layer, the first has not changed its rows since it entered the layer.
         """
         ops, layers = self.ops, self.layers
-        h_TH = norm.rms_norm(x_TH, layers[0].attn_norm_H, layers[0].eps)
+        first = layers[0]
+        rounding = ops.attention_rounding(first)
+        h = norm_rows(x_TH, None, first.attn_norm_H, first.eps, rounding)
         for i, (layer, cache) in enumerate(zip(layers, self.caches, strict=True)):
             if step_TH is not None and i in self.taps:
                 self.taps[i](step_TH)
-            total = begin(ops.run_attention(h_TH, layer, cache, batch))
+            total = begin(ops.run_attention(h, layer, cache, batch))
             yield
             if isinstance(layer, MoELayer) and self.experts is not None:
                 total.add(x_TH)
                 total = begin(self.experts(x_TH, layer, None))
             else:
-                h_TH = total.add_norm(x_TH, layer.mlp_norm_H, layer.eps)
-                total = begin(ops.run_mlp(h_TH, layer))
+                h = total.add_norm(x_TH, layer.mlp_norm_H, layer.eps, ops.mlp_rounding(layer))
+                total = begin(ops.run_mlp(h, layer))
             yield
             if i + 1 < len(layers):
                 after = layers[i + 1]
-                h_TH = total.add_norm(x_TH, after.attn_norm_H, after.eps)
+                rounding = ops.attention_rounding(after)
+                h = total.add_norm(x_TH, after.attn_norm_H, after.eps, rounding)
             else:
                 total.add(x_TH)

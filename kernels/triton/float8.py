@@ -1,5 +1,8 @@
 """Float8 (e4m3) from float32 and back, and rows of float8 with a scale for each row.
 
+`store_rounded` is for kernels that round the rows that they make; `quantize_rows` rounds other rows
+by a launch of its own, with the same bits.
+
 Integer arithmetic on the bits rounds to nearest even: the interpreter's conversion rounds
 otherwise, and the conversion of a GPU depends on its generation. Knows numbers; knows nothing of
 weights.
@@ -66,6 +69,71 @@ def fp8_value(byte: tl.tensor) -> tl.tensor:
 
 
 @kernel
+def row_scale(greatest: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr) -> tl.tensor:
+    """Scales of rows by their greatest magnitudes: the magnitude / 448, and 1 for a row of 0."""
+    if BOUNDED:
+        greatest = tl.minimum(greatest, bound)
+    scale = tl.div_rn(greatest, tl.zeros_like(greatest) + _FP8_MAX)
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@kernel
+def scaled_bits(value: tl.tensor, scale: tl.tensor, CLAMPS: tl.constexpr) -> tl.tensor:
+    """E4m3 bits of value / scale in uint8; scales have the shape of the values.
+
+    Args:
+        value: float32.
+        scale: float32.
+        CLAMPS: quotients beyond 448 become 448, and NaN stays NaN; else there are no such.
+    """
+    level = tl.div_rn(value, scale)
+    if CLAMPS:
+        level = tl.where(level > _FP8_MAX, _FP8_MAX, level)
+        level = tl.where(level < -_FP8_MAX, -_FP8_MAX, level)
+    return fp8_bits(level).to(tl.uint8)
+
+
+@kernel
+def store_rounded(
+    value: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    valid_row: tl.tensor,
+    valid: tl.tensor,
+    size: tl.tensor,
+    levels: tl.tensor,
+    scales: tl.tensor,
+    static_scale: tl.tensor,
+    bound: tl.tensor,
+    STATIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+) -> None:
+    """Round whole rows, and store their levels and scales.
+
+    Args:
+        value: float32 [rows, columns]; 0 in columns that are not `valid`.
+        row: int64 [rows, 1].
+        column: [1, columns].
+        valid_row: [rows, 1].
+        valid: [rows, columns].
+        size: columns of a row in `levels`.
+        levels: address of the rows' levels.
+        scales: address of the rows' scales.
+        static_scale: address of the scale of all rows, if STATIC.
+        bound: largest scale of a row times 448, if BOUNDED.
+        STATIC: all rows have the same scale, which is given.
+        BOUNDED: scales of rows have a bound.
+    """
+    if STATIC:
+        scale = tl.zeros_like(row).to(tl.float32) + tl.load(static_scale)
+    else:
+        scale = row_scale(tl.max(tl.abs(value), 1, keep_dims=True), bound, BOUNDED)
+    tl.store(scales + row, scale, mask=valid_row)
+    bits = scaled_bits(value, tl.broadcast_to(scale, value.shape), STATIC or BOUNDED)
+    tl.store(levels + row * size + column, bits, mask=valid)
+
+
+@kernel
 def _load_row(
     at: tl.tensor,
     valid: tl.tensor,
@@ -123,19 +191,13 @@ def _quantize_rows(
         valid = valid_row[:, None] & (column < size)
         value = _load_row(from_row + column, valid, score, PERMUTES)
         greatest = tl.maximum(greatest, tl.max(tl.abs(value), 1))
-    if BOUNDED:
-        greatest = tl.minimum(greatest, bound)
-    scale = tl.div_rn(greatest, tl.full([ROWS], _FP8_MAX, tl.float32))
-    scale = tl.where(scale == 0, 1.0, scale)
+    scale = row_scale(greatest, bound, BOUNDED)
     for first in range(0, size, BLOCK):  # the second read comes from the caches
         column = first + tl.arange(0, BLOCK)[None, :]
         valid = valid_row[:, None] & (column < size)
         value = _load_row(from_row + column, valid, score, PERMUTES)
-        level = tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]))
-        if BOUNDED:  # NaN stays NaN
-            level = tl.where(level > _FP8_MAX, _FP8_MAX, level)
-            level = tl.where(level < -_FP8_MAX, -_FP8_MAX, level)
-        tl.store(to_row + column, fp8_bits(level).to(tl.uint8), mask=valid)
+        bits = scaled_bits(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]), BOUNDED)
+        tl.store(to_row + column, bits, mask=valid)
     tl.store(scales + row, scale, mask=valid_row)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.packed_weights import Linear
+from arriero.kernels.rounded_rows import RoundedRows
 from arriero.kernels.triton import scaled_products
 from arriero.kernels.triton.expert_weights import ExpertWeights, Stack
 from arriero.kernels.triton.float8 import quantize_expert_rows
@@ -122,6 +123,14 @@ def multiply(
         x, bound, starts_E1, num_rows, tokens_X=tokens_X, scores_X=scores_X
     )
     return _multiply(q_XI, scale_X1, experts.stack, starts_E1).to(x.dtype)
+
+
+def multiply_rounded(rows: RoundedRows, experts: ExpertWeights, starts_E1: Tensor) -> Tensor:
+    """As `multiply`, for rows sorted by expert that the kernel before has rounded."""
+    assert experts.stack is not None, "the caller checks `takes` before it makes the tables"
+    if not len(rows.levels_TI):
+        return rows.scale_T1.new_empty((0, experts.first.out_features), dtype=rows.dtype)
+    return _multiply(rows.levels_TI, rows.scale_T1, experts.stack, starts_E1).to(rows.dtype)
 
 
 def _multiply(q_XI: Tensor, scale_X1: Tensor, stack: Stack, starts_E1: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 Each rank copies its part into its own block, tells the others by signals, and reads theirs: all of
 them (one-shot), or the rows that the other ranks have summed (two-shot: rank r sums the rows r,
 r + N, r + 2N and so on). The second form reads 2 (N - 1) parts of N of the rows in place of N - 1
-times the rows, and waits twice. Can be fused with the residual sum and the norm that follow.
+times the rows, and waits twice. Can be fused with the residual sum and the norm that follow, and
+with the rounding of the norm for the product after it.
 
-The bits are those of `sums.add_parts` and `norm.add_rms_norm`. The kernel waits on the device: it
+The bits are those of `sums.add_parts` and `norm.norm_rows`. The kernel waits on the device: it
 can be captured in a CUDA graph, and every rank must launch the same sums in the same order.
 
 The interpreter and compiled binaries have been checked; it has not run on GPUs yet. Knows numbers
@@ -14,13 +15,20 @@ and addresses; knows nothing of processes. Shape legend: T tokens, H hidden, N r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels import symmetric_memory
+from arriero.kernels.rounded_rows import InputRows, Rounding, unrounded
 from arriero.kernels.symmetric_memory import SymmetricMemory
+from arriero.kernels.triton.float8 import store_rounded
 from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, unit_stride
+from arriero.kernels.triton.rows_out import rows_out
+
+ONE_SHOT_REGISTERS, TWO_SHOT_REGISTERS = 128, 96
+"""Registers of a thread in a sum that ends with rounding; 128 are all that 512 threads can have.
+Left to itself the compiler takes as few as 40, and spills in the loop over the rows. A program has
+a multiprocessor of its own anyway."""
 
 
 @kernel
@@ -86,7 +94,6 @@ def _symmetric_sum(
     part: tl.tensor,
     x: tl.tensor,
     weight: tl.tensor,
-    out: tl.tensor,
     num_rows: tl.tensor,
     part_stride: tl.tensor,
     x_stride: tl.tensor,
@@ -95,7 +102,17 @@ def _symmetric_sum(
     row_nbytes: tl.tensor,
     most_polls: tl.tensor,
     eps: tl.tensor,
+    out: tl.tensor,
+    levels: tl.tensor,
+    scales: tl.tensor,
+    static_scale: tl.tensor,
+    bound: tl.tensor,
     NORMS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    STATIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TOGETHER: tl.constexpr,
     DIVIDES: tl.constexpr,
     RANKS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -109,6 +126,8 @@ def _symmetric_sum(
     first_row = program.to(tl.int64)
     count = (num_rows - program + PROGRAMS - 1) // PROGRAMS
     column = tl.arange(0, BLOCK)[None, :]
+    if ROUNDS:  # as in `_rms_norm`
+        column = tl.max_contiguous(column, [1, TOGETHER])
     valid = column < SIZE
     stored = part.dtype.element_ty
     epoch = tl.load(epochs + program)
@@ -126,6 +145,8 @@ def _symmetric_sum(
                 total = _ordered_sum(address, place, column, valid, RANKS, stored)
                 tl.store(_row(own, place, column, stored), total, mask=valid)
         _meet(address, rank, program, epoch + 2, most_polls, RANKS, SLOTS)
+    tl.store(epochs + program, epoch + 2)  # not after the loop, which needs all registers
+    valid_row = tl.full([1, 1], 1, tl.int1)
     for index in range(0, count):
         row = first_row + index * PROGRAMS
         place = at + index * row_nbytes
@@ -144,15 +165,30 @@ def _symmetric_sum(
             normed = (wide * tl.rsqrt(mean + eps)[:, None]).to(stored).to(tl.float32)
             gain = tl.load(weight + column, mask=valid, other=0.0).to(stored).to(tl.float32)
             value = (normed * gain).to(stored)
-        tl.store(out + row * SIZE + column, value, mask=valid)
-    tl.store(epochs + program, epoch + 2)
+        if KEEPS:
+            tl.store(out + row * SIZE + column, value, mask=valid)
+        if ROUNDS:
+            store_rounded(
+                value.to(tl.float32),
+                row + tl.zeros([1, 1], tl.int64),
+                column,
+                valid_row,
+                valid,
+                SIZE,
+                levels,
+                scales,
+                static_scale,
+                bound,
+                STATIC,
+                BOUNDED,
+            )
 
 
 def reduce(
     memory: SymmetricMemory, part_TH: Tensor, *, divides: bool, most_polls: int = 0
 ) -> Tensor:
     """See `RankSums.reduce`."""
-    return _launch(memory, part_TH, None, None, 0.0, divides, most_polls)
+    return unrounded(_launch(memory, part_TH, None, None, 0.0, divides, most_polls, None))
 
 
 def add_rms_norm(
@@ -163,11 +199,12 @@ def add_rms_norm(
     eps: float,
     *,
     divides: bool,
-) -> Tensor:
+    rounding: Rounding | None = None,
+) -> InputRows:
     """See `RankSums.add_rms_norm`."""
     assert x_TH.stride(-1) == 1, "the residual stream is updated in place"
     assert x_TH.dtype == part_TH.dtype, "the residual has the parts' dtype"
-    return _launch(memory, part_TH, x_TH, weight_H, eps, divides, 0)
+    return _launch(memory, part_TH, x_TH, weight_H, eps, divides, 0, rounding)
 
 
 def _launch(
@@ -178,15 +215,18 @@ def _launch(
     eps: float,
     divides: bool,
     most_polls: int,
-) -> Tensor:
+    rounding: Rounding | None,
+) -> InputRows:
     num_rows, size = part_TH.shape
     row_nbytes = size * part_TH.element_size()
     assert symmetric_memory.holds(memory.buffer_nbytes, num_rows, row_nbytes), (
         "the caller asks `holds`"
     )
     part_TH = unit_stride(part_TH)
-    out_TH = torch.empty(num_rows, size, dtype=part_TH.dtype, device=part_TH.device)
+    out = rows_out(num_rows, size, part_TH, rounding)
     block = power_of_two(size)
+    most_registers = TWO_SHOT_REGISTERS if divides else ONE_SHOT_REGISTERS
+    registers = {} if rounding is None else {"maxnreg": most_registers}
     if num_rows:
         _symmetric_sum[(min(num_rows, symmetric_memory.PROGRAMS),)](
             memory.address_N,
@@ -194,7 +234,6 @@ def _launch(
             part_TH,
             x_TH,
             weight_H,
-            out_TH,
             num_rows,
             part_TH.stride(0),
             0 if x_TH is None else x_TH.stride(0),
@@ -203,6 +242,7 @@ def _launch(
             symmetric_memory.stored_nbytes(row_nbytes),
             most_polls,
             eps,
+            **out.arguments,
             NORMS=x_TH is not None,
             DIVIDES=divides,
             RANKS=memory.size,
@@ -213,6 +253,7 @@ def _launch(
             PROGRAMS=symmetric_memory.PROGRAMS,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),  # as `_rms_norm`: the same order of a sum
+            **registers,
             **EXACT,
         )
-    return out_TH
+    return out.result

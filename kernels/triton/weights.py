@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import FOUR_BITS, QuantizedWeight, stack
 from arriero.kernels.triton.four_bit_sizes import PLANES, FourBitForm, four_bit_form
 from arriero.kernels.triton.upload import Upload
@@ -107,6 +108,28 @@ def pack_quantized(
         group_size=group_size,
         form=form,
         bias=_bias(bias_O, torch.bfloat16, device),
+    )
+
+
+def linear(packed: Packed) -> Linear:
+    """The matrix as layers have it."""
+    return Linear(
+        out_features=packed.out_features,
+        in_features=packed.in_features,
+        packed=packed,
+        bias=packed.bias,
+        nbytes=packed.nbytes,
+    )
+
+
+def vocab(packed: Packed, first_row: int) -> Vocab:
+    """Vocabulary rows as an embedding or a head has them."""
+    return Vocab(
+        first_row=first_row,
+        num_rows=packed.out_features,
+        hidden_size=packed.in_features,
+        packed=packed,
+        nbytes=packed.nbytes,
     )
 
 

@@ -32,6 +32,7 @@ from arriero.kernels.layers import MoELayer
 from arriero.kernels.lora import AdapterRows
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import Ops
+from arriero.kernels.rounded_rows import unrounded
 from arriero.shards.collectives.all_to_all import Counts
 from arriero.shards.collectives.beside import Pending
 from arriero.shards.collectives.device_loads import DeviceLoads
@@ -160,7 +161,8 @@ class ExpertParallel:
         such adapters when it loads them.
         """
         ops, mesh = self._ops, self._mesh
-        h_TH = ops.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
+        h = ops.mlp_rows(x_TH, layer)
+        h_TH = unrounded(h)
         own = _share(h_TH.shape[0], mesh.part.tp_rank, mesh.tp)
         h_nH = h_TH[own]
         table = self._table(layer.index)
@@ -172,7 +174,7 @@ class ExpertParallel:
         order = ops.moe_permute_all(routing, self._num_slots)
         if self.padded_tokens:
             blocks = self._dispatch_blocks(h_nH, layer, order)
-            shared_TH = adapted.gated_mlp(ops, h_TH, layer, adapters)
+            shared_TH = ops.gated_mlp(h, layer, adapters)
             shared_TH[own].add_(self._from_blocks(blocks, h_nH, layer, routing, order))
             return shared_TH
         counts_RS = self._counts_on_host(order.starts_E1)
@@ -181,7 +183,7 @@ class ExpertParallel:
         with mesh.watchdog.watch("dispatch to experts"):
             rows_XB = ops.pack_rows(h_nH, order.token_X, order.score_X, self._wire)
             receive = mesh.exchange.begin(rows_XB, counts_RR)
-        shared_TH = adapted.gated_mlp(ops, h_TH, layer, adapters)
+        shared_TH = ops.gated_mlp(h, layer, adapters)
         with mesh.watchdog.watch("dispatch to experts"):
             received_YB = receive()
         results_YB = self._experts(received_YB, layer, counts_RS, h_TH.dtype)
@@ -267,8 +269,7 @@ class ExpertParallel:
         # the tail of token_X is arbitrary, but must stay within the rows
         place_Y = order.token_X.clamp(0, places.num_rows - 1)
         x_YH = ops.unpack_rows(rows_PB, place_Y, hidden, self._wire, dtype)
-        y_YF2 = ops.grouped_linear(x_YH, layer.experts_gate_up, order.starts_E1)
-        y_YH = ops.grouped_linear(ops.silu_mul(y_YF2), layer.experts_down, order.starts_E1)
+        y_YH = ops.expert_mlp(x_YH, layer, order.starts_E1)
         if not len(y_YH):
             return _no_rows(places.num_rows, hidden, self._back, rows_PB.device)
         row_P = order.row_TA.view(-1).clamp(min=0)
@@ -300,8 +301,7 @@ class ExpertParallel:
         starts_E1 = to_device(starts, device)
         by_slot, in_order = (to_device(order_Y, device) for order_Y in (by_slot_Y, in_order_Y))
         x_YH = ops.unpack_rows(rows_YB, by_slot, size, self._wire, dtype)
-        y_YF2 = ops.grouped_linear(x_YH, layer.experts_gate_up, starts_E1)
-        y_YH = ops.grouped_linear(ops.silu_mul(y_YF2), layer.experts_down, starts_E1)
+        y_YH = ops.expert_mlp(x_YH, layer, starts_E1)
         return ops.pack_rows(y_YH, in_order, None, self._back)
 
 

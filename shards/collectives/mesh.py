@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from arriero.kernels.ops import Ops
+from arriero.kernels.rounded_rows import InputRows, Rounding
 from arriero.kernels.symmetric_memory import RankSums
 from arriero.shards.collectives.all_to_all import (
     DirectExchange,
@@ -275,17 +276,23 @@ class Mesh:
         return self.beside.begin(lambda: self.reduce(part_TH))
 
     def reduce_norm(
-        self, part_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float
-    ) -> Tensor | None:
+        self,
+        part_TH: Tensor,
+        x_TH: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        rounding: Rounding | None = None,
+    ) -> InputRows | None:
         """Add the sum over the tensor-parallel ranks to x, in place, and give the norm of x.
 
-        None, without any effect, where no kernel does all of it; then `reduce` is for the sum.
+        With `rounding` the norm is rounded for the product that reads it. None, without any effect,
+        where no kernel does all of it; then `reduce` is for the sum.
         """
         sums = self._symmetric
         if sums is None or x_TH.dtype != part_TH.dtype or not sums.takes(part_TH):
             return None
         with self.watchdog.watch("all-reduce"):
-            return sums.add_rms_norm(part_TH, x_TH, weight_H, eps)
+            return sums.add_rms_norm(part_TH, x_TH, weight_H, eps, rounding)
 
     def _divided_sum(self, x_TH: Tensor) -> Tensor:
         """The sum in two exchanges: each rank adds a part of the rows, and all gather the sums.

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from arriero.kernels.rounded_rows import InputRows, Rounding
 from arriero.kernels.symmetric_memory import PROGRAMS, SIGNAL_SLOTS, RankSums, SymmetricMemory
 from arriero.shards.collectives.symmetric_sizes import (
     BUFFER_NBYTES,
@@ -95,11 +96,18 @@ class SymmetricSums:
         divides = self._divides(part_TH)
         return self._kernels.reduce(self._memory, part_TH, divides=divides)
 
-    def add_rms_norm(self, part_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self,
+        part_TH: Tensor,
+        x_TH: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        rounding: Rounding | None = None,
+    ) -> InputRows:
         """Add the sum to x, in place, and give the norm of x; see `RankSums.add_rms_norm`."""
         divides = self._divides(part_TH)
         return self._kernels.add_rms_norm(
-            self._memory, part_TH, x_TH, weight_H, eps, divides=divides
+            self._memory, part_TH, x_TH, weight_H, eps, divides=divides, rounding=rounding
         )
 
     def compile(self, device: torch.device) -> None:

@@ -15,17 +15,20 @@ import torch.nn.functional as F
 from gpu import checks, shapes
 from gpu.checks import Where, error
 from gpu.shapes import Shape
+from torch import Tensor
 
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.input_levels import fp4_groups
-from arriero.kernels.input_transform import InputTransform, quantize_rows
+from arriero.kernels.input_transform import InputTransform, float8_rows, quantize_rows
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.quantized_weight import FP4_VALUES, QuantizedWeight
+from arriero.kernels.rounded_rows import InputRows, RoundedRows, Rounding
+from arriero.kernels.triton import activation, norm
 from arriero.kernels.triton.float4 import fp4_rows, tiled_scales
 
 HEADS = [(dim, group) for dim in (64, 128) for group in (4, 5, 16)]
@@ -79,6 +82,31 @@ def rows_to_float8(at: Where) -> float:
             same = torch.equal(q.cpu().view(torch.uint8), expected.view(torch.uint8))
             worst = max(worst, 0.0 if same else 1.0, error(scale.cpu(), expected_scale))
     return worst
+
+
+def norms_to_float8(at: Where) -> float:
+    """Norm and SwiGLU that write float8 rows: the bits of separate launches."""
+    same = True
+    scale = torch.tensor([0.01], device=at.device)
+    for width in (48, 3000) if at.tiny else (4096, 6656, 16384):
+        weight = torch.rand(width, device=at.device)
+        x, gate_up = at.randn(5, width) * 100, at.randn(5, 2 * width) * 10
+        normed, gated = norm.rms_norm(x, weight, 1e-5), activation.silu_mul(gate_up)
+        for rounding in (Rounding(), Rounding(bound=2.0), Rounding(scale=scale)):
+            rows = norm.norm_rows(x, None, weight, 1e-5, rounding)
+            same &= _same_float8(at, rows, normed, rounding)
+            rows = activation.silu_mul_rounded(gate_up, rounding)
+            same &= _same_float8(at, rows, gated, rounding)
+    return 0.0 if same else 1.0
+
+
+def _same_float8(at: Where, rows: InputRows, plain: Tensor, rounding: Rounding) -> bool:
+    """Whether a launch of its own rounds the plain rows to the same bits."""
+    assert isinstance(rows, RoundedRows), "the rows are rounded"
+    inputs = InputTransform(num_inputs=1, bound=rounding.bound, scale=rounding.scale)
+    q, scale = float8_rows(at.ops(), plain, inputs)
+    levels = rows.levels_TI.view(torch.uint8), q.view(torch.uint8)
+    return torch.equal(*levels) and torch.equal(rows.scale_T1, scale.expand(len(q), 1))
 
 
 def rounded_products(at: Where) -> float:
@@ -186,7 +214,7 @@ def quantized_tables(at: Where) -> float:
     rows, columns = (90, 64) if at.tiny else (3000, 1024)
     weight = torch.randn(rows, columns) * columns**-0.5
     tokens = torch.tensor([0, 5, 89], dtype=torch.int32, device=at.device)
-    norm = torch.ones(columns, device=at.device)
+    weight_H = torch.ones(columns, device=at.device)
     x = at.randn(7, columns)
     worst = 0.0
     kinds = (quantize_int8(weight), quantize_fp8(weight), quantize_int4(weight, 32, search=False))
@@ -195,7 +223,7 @@ def quantized_tables(at: Where) -> float:
         theirs = at.reference.pack_quantized_vocab(quantized, 0)
         embedded = [ops.embed(tokens, table) for ops, table in _pairs(at, ours, theirs)]
         embedded[1] = embedded[1].to(embedded[0].dtype)  # bfloat16 on a GPU
-        logits = [ops.logits(x, norm, 1e-5, table) for ops, table in _pairs(at, ours, theirs)]
+        logits = [ops.logits(x, weight_H, 1e-5, table) for ops, table in _pairs(at, ours, theirs)]
         rounding = 2**-7  # of bfloat16, which the interpreter truncates
         worst = max(worst, error(*embedded) / rounding * at.limit, error(*logits))
     return worst
@@ -263,4 +291,5 @@ SAME = {
     **{f"bits, decode and prefill d{dim} g{group}": same_bits(dim, group) for dim, group in HEADS},
     "rows to float8": rows_to_float8,
     "rows to NVFP4": rows_to_fp4,
+    "norms to float8": norms_to_float8,
 }

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -112,4 +113,10 @@ def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(out.read_text())
-    assert {row["kernel"] for row in rows} == {"_matmul", "_quantize_rows", "_symmetric_sum"}
+    assert Counter(row["kernel"] for row in rows) == {
+        "_matmul": 1,
+        "_quantize_rows": 2,
+        "_rms_norm": 2,  # with float8 rows and without: the same order of a sum
+        "_silu_mul_rounded": 1,
+        "_symmetric_sum": 1,
+    }

@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from arriero.kernels import symmetric_memory
+from arriero.kernels.rounded_rows import InputRows, Rounding, unrounded
 from arriero.kernels.symmetric_memory import SymmetricMemory, block_nbytes, holds
 from arriero.kernels.triton import norm, symmetric_sums
 from arriero.shards.collectives.mesh import added
@@ -32,8 +33,13 @@ PROGRAMS = 3
 BUFFER_NBYTES = 1 << 14
 EPS = 1e-5
 FLOAT32, FLOAT16 = torch.float32, torch.float16
-Sum = tuple[int, int, torch.dtype, bool, bool]
-"""Rows, columns, dtype, whether the rows are divided, whether the norm follows."""
+Sum = tuple[int, int, torch.dtype, bool, bool | Rounding]
+"""Rows, columns, dtype, whether the rows are divided, whether the norm follows, and is rounded."""
+ROUNDINGS = (
+    Rounding(),
+    Rounding(bound=2.0, keeps_rows=True),
+    Rounding(scale=torch.tensor([0.01])),
+)
 
 
 def operands(step: int, ranks: int, shape: Sum) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,15 +60,31 @@ def wrong_sums(memory: SymmetricMemory, sums: list[Sum]) -> list[int]:
         own, total = parts[memory.rank].clone(), added(parts.clone())
         divides, norms = shape[3:]
         if norms:
+            rounding = norms if isinstance(norms, Rounding) else None
             kept, expected_x = x.clone(), x.clone()
-            out = symmetric_sums.add_rms_norm(memory, own, kept, weight, EPS, divides=divides)
-            expected = norm.add_rms_norm(expected_x, total, weight, EPS)
-            same = torch.equal(kept, expected_x) and torch.equal(out, expected)
+            out = symmetric_sums.add_rms_norm(
+                memory, own, kept, weight, EPS, divides=divides, rounding=rounding
+            )
+            expected = norm.norm_rows(expected_x, total, weight, EPS, rounding)
+            same = torch.equal(kept, expected_x) and same_rows(out, expected)
         else:
             same = torch.equal(symmetric_sums.reduce(memory, own, divides=divides), total)
         if not same:
             wrong.append(step)
     return wrong
+
+
+def same_rows(rows: InputRows, expected: InputRows) -> bool:
+    """Whether all that is there has the same bits: rows, levels, scales."""
+    if isinstance(rows, Tensor) or isinstance(expected, Tensor):
+        return torch.equal(unrounded(rows), unrounded(expected))
+    pairs = [
+        (rows.levels_TI.view(torch.uint8), expected.levels_TI.view(torch.uint8)),
+        (rows.scale_T1, expected.scale_T1),
+    ]
+    if rows.rows_TI is not None or expected.rows_TI is not None:
+        pairs.append((unrounded(rows), unrounded(expected)))
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 Pause = Callable[[int, random.Random], float]
@@ -139,7 +161,7 @@ def test_sums_have_the_bits_of_the_separate_kernels(ranks: int) -> None:
         (chance.choice((1, 2, 4, 7)), chance.choice((8, 33, 64)), dtype, divides, norms)
         for dtype in (FLOAT32, FLOAT16)
         for divides in (False, True)
-        for norms in (False, True)
+        for norms in (False, True, chance.choice(ROUNDINGS))
     ]
     chance.shuffle(sums)
     assert run_ranks(ranks, sums, any_pace) == [[]] * ranks

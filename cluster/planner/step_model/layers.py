@@ -1,4 +1,4 @@
-"""Work of a stage's layers on a rank, launch by launch as `kernels/triton/decoder.py` runs them.
+"""Work of a stage's layers on a rank, by launches as `kernels/triton/decoder.py` has them.
 
 Knows packed weights, heads and rows; collectives are in `collectives`. Knows nothing of time.
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.packed_stack import PackedStack
 from arriero.cluster.planner.step_memory import MOST_SPLITS, PROMPT_SPLITS_BYTES
-from arriero.cluster.planner.step_model.products import Products
+from arriero.cluster.planner.step_model.products import FLOAT8, Products
 from arriero.cluster.planner.step_model.work import Item, StepLoad, Work
 from arriero.kernels.sizes import FLOAT
 from arriero.shards.collectives.half_steps import first_half
@@ -121,8 +121,10 @@ def layers(step: RankStep) -> Iterator[Work]:
 def _attention_blocks(step: RankStep) -> Iterator[Work]:
     tokens, captured = step.load.tokens, step.captured
     for stack in step.of("attention"):
-        item: Item = "q, k, v product" if stack.num_modules > 1 else "o product"
-        yield step.products.linear(item, stack, tokens, captured=captured).times(stack.times)
+        normed = stack.num_modules > 1
+        item: Item = "q, k, v product" if normed else "o product"
+        work = step.products.linear(item, stack, tokens, captured=captured, rounded=normed)
+        yield work.times(stack.times)
     num_layers = step.rank.part.layers.size
     heads = step.rank.part.q_heads.size + 2 * step.rank.part.kv_heads.size
     head_bytes = step.plan.model.config.head_dim * step.products.itemsize
@@ -210,21 +212,45 @@ def _norms(step: RankStep) -> Iterator[Work]:
     num_layers, tokens = step.rank.part.layers.size, step.load.tokens
     fused = 2 * num_layers - 1  # the first norm adds nothing
     with_sum = step.normed_sums  # launches of "TP sums", which read no sum from memory
-    nbytes = tokens * step.row * (4.0 * fused + 2 - with_sum)
+    nbytes = tokens * (step.row * (3.0 * fused + 1 - with_sum) + _normed_nbytes(step))
     yield step.rows("norms, residual", {"_rms_norm": 2 * num_layers - with_sum}, nbytes)
     sums = 1.0 + (step.routed_layers if step.exchanges else 0)
     yield step.rows("norms, residual", {"aten::add_": 1}, 3.0 * tokens * step.row).times(sums)
 
 
+def _normed_nbytes(step: RankStep) -> float:
+    """Bytes of a token's outputs of all norms.
+
+    Float8 rows where the next product rounds its inputs; unrounded rows for other products, and for
+    the router and the routed experts.
+    """
+    products, total = step.products, 0.0
+    for kind in ("attention", "mlp", "shared_expert"):
+        for stack in step.of(kind):
+            if stack.num_modules > 1:
+                rounds = products.rounds(stack)
+                keeps = not rounds or kind == "shared_expert"
+                number = products.itemsize * keeps + FLOAT8 * rounds
+                total += stack.times * stack.columns * number
+    return total
+
+
 def _gated_mlps(step: RankStep, kind: str, item: Item) -> Iterator[Work]:
-    """Gate and up product, SwiGLU, down product."""
+    """Gate and up product, SwiGLU, down product; norm and SwiGLU round rows for the products."""
+    tokens = step.load.tokens
     for stack in step.of(kind):
-        work = step.products.linear(item, stack, step.load.tokens, captured=step.captured)
+        work = step.products.linear(item, stack, tokens, captured=step.captured, rounded=True)
         yield work.times(stack.times)
-        if stack.num_modules > 1:
-            columns = stack.rows / 2
-            nbytes = 3.0 * step.load.tokens * columns * step.products.itemsize
-            yield step.rows(item, {"_silu_mul": 1}, nbytes).times(stack.times)
+        if stack.num_modules == 1:
+            yield _silu_mul(step, item, stack, tokens, step.products.rounds(stack))
+
+
+def _silu_mul(step: RankStep, item: Item, down: PackedStack, rows: float, rounds: bool) -> Work:
+    """SwiGLU before a down product, in all layers; `rounds`: it writes float8 rows."""
+    itemsize = step.products.itemsize
+    nbytes = rows * down.columns * (2.0 * itemsize + (FLOAT8 if rounds else itemsize))
+    name = "_silu_mul_rounded" if rounds else "_silu_mul"
+    return step.rows(item, {name: 1}, nbytes).times(down.times)
 
 
 def _routers(step: RankStep) -> Iterator[Work]:
@@ -254,18 +280,21 @@ def _experts(step: RankStep) -> Iterator[Work]:
     # The step waits for the rank with most work: a rank with at least one expert.
     hit = max(1.0, copies * (1 - (1 - sizes.top_k / sizes.num_experts) ** stage_tokens))
     rows = max(1.0, local)
+    scaled = all(step.products.scaled(stack) for stack in experts)
     for stack in experts:
-        work = step.products.grouped("experts", stack, pairs, rows, hit, step.captured)
+        down = stack.num_modules == 1
+        work = step.products.grouped(
+            "experts", stack, pairs, rows, hit, captured=step.captured, rounded=down and scaled
+        )
         yield work.times(stack.times)
-        if stack.num_modules > 1:
-            nbytes = 3.0 * pairs * (stack.rows / 2) * step.products.itemsize
-            yield step.rows("experts", {"_silu_mul": 1}, nbytes).times(stack.times)
+        if down:
+            yield _silu_mul(step, "experts", stack, rows if scaled else pairs, scaled)
     if step.exchanges:
         return  # `collectives` has the order of rows that travel
     launches: dict[str, float] = {"_permute": 1, "_combine": 1}
     nbytes = step.row * (rows + 2.0 * load.tokens)  # outputs, the shared expert's, the sum
     rounds = any(step.products.rounds(stack) for stack in experts)
-    if rounds and not all(step.products.scaled(stack) for stack in experts):
+    if rounds and not scaled:
         launches |= {"aten::_to_copy": 1, "aten::clamp_": 1, "aten::index": 1, "aten::mul": 1}
         launches["aten::_to_copy"] += step.products.itemsize != FLOAT
         nbytes += 4.0 * pairs * step.row  # rows of tokens are gathered, then scaled

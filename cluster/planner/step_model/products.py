@@ -13,7 +13,8 @@ from arriero.cluster.planner.step_model.work import Item, Kind, Work
 from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.sizes import FLOAT, PLAIN
 
-_FLOAT8 = 1
+FLOAT8 = 1
+"""Bytes of a float8 number."""
 _UNIT = 16
 """Sizes of matrices that torch's float8 product takes are multiples of this."""
 
@@ -57,7 +58,14 @@ class Products:
         return "product" if stack.precision in PLAIN else "triton product"
 
     def linear(
-        self, item: Item, stack: PackedStack, rows: float, *, captured: bool, out: int = 0
+        self,
+        item: Item,
+        stack: PackedStack,
+        rows: float,
+        *,
+        captured: bool,
+        out: int = 0,
+        rounded: bool = False,
     ) -> Work:
         """The product of `rows` rows with a matrix.
 
@@ -67,13 +75,14 @@ class Products:
             rows: rows of the inputs.
             captured: the product runs in a CUDA graph.
             out: bytes of a number of the output; 0 for the activations' size.
+            rounded: the kernel before rounds the inputs, where the product takes rounded ones.
         """
         launches: Counter[str] = Counter()
         kind = self.kind(stack)
         if kind == "float8 product":
-            launches.update({"_quantize_rows": 1, "aten::_scaled_mm": 1})
+            launches["aten::_scaled_mm"] = 1
             nbytes = float(stack.weights + stack.scales)
-            nbytes += rows * stack.columns * (self.itemsize + 2 * _FLOAT8)
+            nbytes += rows * self._float8_rows(stack, launches, rounded)
             nbytes += rows * stack.rows * (out or self.itemsize)
             return Work(
                 item=item,
@@ -83,12 +92,20 @@ class Products:
                 launches=launches,
                 captured=captured,
             )
-        rounding = self._rounding(stack, rows, launches)
+        rounding = self._rounding(stack, rows, launches, rounded)
         launches["aten::mm" if kind == "product" else "_matmul"] += 1
         return self._work(item, stack, rows, 1, rounding, launches, captured, out)
 
     def grouped(
-        self, item: Item, stack: PackedStack, pairs: float, local: float, hit: float, captured: bool
+        self,
+        item: Item,
+        stack: PackedStack,
+        pairs: float,
+        local: float,
+        hit: float,
+        *,
+        captured: bool,
+        rounded: bool = False,
     ) -> Work:
         """The products of the rows of each expert with the expert's matrix.
 
@@ -99,12 +116,13 @@ class Products:
             local: pairs whose expert is on this rank.
             hit: experts of this rank with a row.
             captured: the products run in a CUDA graph.
+            rounded: the kernel before rounds the inputs of a product by torch.
         """
         launches: Counter[str] = Counter()
         if self.scaled(stack):  # see `triton/scaled_experts.py`
-            launches.update({"_quantize_rows": 1, "aten::_scaled_grouped_mm": 1})
+            launches["aten::_scaled_grouped_mm"] = 1
             nbytes = float(hit * (stack.weights + stack.scales))
-            nbytes += local * stack.columns * (self.itemsize + 2 * _FLOAT8)
+            nbytes += local * self._float8_rows(stack, launches, rounded)
             return Work(
                 item=item,
                 kind="float8 product",
@@ -113,7 +131,7 @@ class Products:
                 launches=launches,
                 captured=captured,
             )
-        rounding = self._rounding(stack, pairs, launches)
+        rounding = self._rounding(stack, pairs, launches, rounded=False)
         launches["_grouped_matmul"] += 1
         return self._work(item, stack, local, hit, rounding, launches, captured, 0)
 
@@ -142,19 +160,30 @@ class Products:
             captured=captured,
         )
 
-    def _rounding(self, stack: PackedStack, rows: float, launches: Counter[str]) -> float:
+    def _float8_rows(self, stack: PackedStack, launches: Counter[str], rounded: bool) -> float:
+        """Bytes of a row of inputs of torch's float8 product; adds the launch that rounds."""
+        if rounded:
+            return float(stack.columns * FLOAT8)
+        launches["_quantize_rows"] += 1
+        return float(stack.columns * (self.itemsize + 2 * FLOAT8))
+
+    def _rounding(
+        self, stack: PackedStack, rows: float, launches: Counter[str], rounded: bool
+    ) -> float:
         """Bytes of the passes around a product with rounded inputs; adds their launches.
 
-        The passes: inputs to float8, float8 to float32, the product times the rows' scales, and the
-        result in the activations' dtype.
+        The passes: inputs to float8, unless the kernel before has rounded them; float8 to float32,
+        the product times the rows' scales, and the result in the activations' dtype.
         """
         if not self.rounds(stack):
             return 0.0
         item, columns, outputs = self.itemsize, stack.columns, stack.rows
-        launches["_quantize_rows"] += 1
         launches["aten::_to_copy"] += 1
         launches["aten::mul_"] += 1
-        nbytes = columns * (item + _FLOAT8) + columns * (_FLOAT8 + FLOAT) + 2 * outputs * FLOAT
+        nbytes = columns * (FLOAT8 + FLOAT) + 2 * outputs * FLOAT
+        if not rounded:
+            launches["_quantize_rows"] += 1
+            nbytes += columns * (item + FLOAT8)
         if item != FLOAT:
             launches["aten::_to_copy"] += 1
             nbytes += outputs * (FLOAT + item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.step_model.account import account
 from arriero.cluster.planner.step_model.work import StepLoad, Work, launches_by_kernel
 from arriero.cluster.planner.weight_forms import weights_as
+from arriero.kernels.input_transform import InputTransform
+from arriero.kernels.layers import DenseLayer
 from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantize import quantize_fp8
 from arriero.kernels.symmetric_memory import (
     PROGRAMS,
     SIGNALS_NBYTES,
@@ -264,3 +269,66 @@ def test_launches_of_layers_over_eight_ranks() -> None:
     launches = launches_by_kernel(w for w in works if w.item in ("TP sums", "norms, residual"))
     sums = 2 * 32 + 1  # the embedding's too
     assert launches == Counter({"_symmetric_sum": sums, "_rms_norm": 1, "aten::add_": 1})
+
+
+def float8_layer(ops: Ops, shape: Shape) -> DenseLayer:
+    """A layer whose products round their inputs, the router's excepted."""
+
+    def product(linear: Linear, seed: int) -> Linear:
+        size = linear.out_features, linear.in_features
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(*size, generator=generator) / size[1] ** 0.5
+        inputs = InputTransform(num_inputs=size[1], bound=math.inf)
+        return ops.pack_transformed([quantize_fp8(weight)], None, inputs)
+
+    layer = shapes.layer(ops, shape, torch.bfloat16, ops.device)
+    made: dict[str, Any] = {
+        name: product(getattr(layer, name), seed)
+        for seed, name in enumerate(("qkv", "o", "gate_up", "down"))
+    }
+    for name in ("experts_gate_up", "experts_down") if shape.experts else ():
+        experts = getattr(layer, name)
+        made[name] = [product(expert, 10 + seed) for seed, expert in enumerate(experts)]
+    return replace(layer, **made)
+
+
+DENSE = Shape(name="tiny", hidden=32, mlp=48, q_heads=4, kv_heads=1, head_dim=16, layers=2)
+ROUNDING_OF = "arriero.kernels.triton.fused_layers.rounding_of"
+ROUTED = replace(DENSE, experts=2, expert_mlp=32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "before", "after"), [(DENSE, 4, 1), (ROUTED, 5, 2)], ids=["dense", "experts"]
+)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["NCCL", "symmetric memory"])
+def test_norm_and_swiglu_round_for_the_products(
+    shape: Shape, before: int, after: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches of two float8 layers over eight ranks, by separate roundings and fused ones.
+
+    Attention's output has a rounding of its own, and so have the rows that are gathered for the
+    experts; SwiGLU of the experts rounds in both cases.
+    """
+    counts, outputs = [], []
+    with first_of_eight() as (simulation, ops, mesh):
+        sequences = [(20, 1)] * 2
+        layers = [float8_layer(ops, shape) for _ in range(2)]
+        kv = shapes.cache(ops, shape, sequences, torch.bfloat16, ops.device)
+        batch = shapes.batch(sequences, shape.head_dim, ops.device)
+        run = ops.decoder(layers, kv, mesh.reduce, reduce_norm=mesh.reduce_norm)
+        mesh._symmetric = symmetric_of_eight(ops) if symmetric else None
+        for separate in (True, False):
+            with monkeypatch.context() as patch:
+                if separate:
+                    patch.setattr(ROUNDING_OF, lambda w, keeps_rows=False: None)
+                x_TH = torch.linspace(-2, 3, 2 * shape.hidden).view(2, -1).bfloat16().to("cuda")
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    out_TH = run(x_TH, batch)
+                outputs.append(out_TH.cpu())
+            counts.append(kernels_of(simulation.recordings[-1]))
+    separate_counts, fused = counts
+    assert separate_counts["_quantize_rows"] == 2 * before and fused["_quantize_rows"] == 2 * after
+    assert separate_counts - fused == {"_quantize_rows": 6, "_silu_mul": 2}
+    assert fused - separate_counts == {"_silu_mul_rounded": 2}
+    if symmetric:  # the absent ranks have signalled, and their parts are zeros
+        assert torch.equal(*outputs)

@@ -268,6 +268,36 @@ def test_an_estimate_is_above_the_floor(dtype: Dtype) -> None:
         assert time.floor_s >= step.plan.ranks[0].weights.active_bytes / 2 / H200.bandwidth
 
 
+def test_norm_and_swiglu_round_for_the_products() -> None:
+    """Only attention's outputs and the rows for routed experts have a launch that rounds them."""
+    for name, layout, layers, routed in (
+        ("llama-3.1-405b", ParallelConfig(tp=8), 126, 0),
+        ("llama-4-maverick", ParallelConfig(tp=8, ep=8), 48, 24),
+        ("llama-4-maverick", ParallelConfig(dp=8, ep=8), 48, 24),
+    ):
+        step = step_of(name, "fp8", layout, StepLoad(sequences=1, context=1024))
+        launches = launches_by_kernel(step.works)
+        assert launches["_quantize_rows"] == layers + routed
+        assert launches["_silu_mul_rounded"] == layers + routed
+        assert not launches["_silu_mul"]
+        products = launches["aten::_scaled_mm"] + launches["aten::_scaled_grouped_mm"]
+        assert products == 4 * layers + 2 * routed
+
+
+def test_norms_write_the_forms_that_are_read() -> None:
+    """Float8 rows for products; unrounded rows too where a router reads them."""
+    load = StepLoad(sequences=64, context=1024)
+    sizes = {}
+    for name, layout in (("llama-3.1-405b", {"tp": 8}), ("llama-4-maverick", {"tp": 8, "ep": 8})):
+        plain, rounded = (
+            bytes_of(step_of(name, dtype, ParallelConfig(**layout), load), "norms, residual")
+            for dtype in ("bfloat16", "fp8")
+        )
+        sizes[name] = plain - rounded
+    assert sizes["llama-3.1-405b"] == 64 * 16384 * 2 * 126
+    assert sizes["llama-4-maverick"] == 64 * 5120 * (48 + 24 - 24)
+
+
 def test_other_backends_have_no_account() -> None:
     with pytest.raises(SpecError, match="triton"):
         step_of("llama-3.1-8b", "bfloat16", ParallelConfig(), DECODE, "reference")

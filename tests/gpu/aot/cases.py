@@ -24,6 +24,7 @@ from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.packed_weights import Vocab
+from arriero.kernels.rounded_rows import Rounding
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.sizes import num_mask_words
 from arriero.kernels.symmetric_memory import PROGRAMS, SymmetricMemory
@@ -38,6 +39,7 @@ from arriero.kernels.triton import (
     sampling,
     symmetric_sums,
 )
+from arriero.kernels.triton.activation import silu_mul_rounded
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.expert_weights import ExpertWeights
 from arriero.kernels.triton.four_bit_sizes import four_bit_form
@@ -218,6 +220,41 @@ def sums_of_ranks(hidden: int, ranks: int) -> None:
         symmetric_sums.reduce(memory, part, divides=divides)
 
 
+FLOAT8_CAPABILITY = (8, 9)
+
+
+def roundings(*, keeps_rows: bool = False) -> list[Rounding]:
+    """All ways to round rows to float8; none for a GPU that has no float8 products."""
+    if torch.cuda.get_device_capability(META) < FLOAT8_CAPABILITY:
+        return []
+    scale = empty(1, dtype=F32)
+    return [
+        Rounding(keeps_rows=keeps_rows),
+        Rounding(bound=1200.0, keeps_rows=keeps_rows),
+        Rounding(scale=scale, keeps_rows=keeps_rows),
+    ]
+
+
+def rounded_rows(hidden: int, mlp: int, ranks: int, dtype: torch.dtype = BF16) -> None:
+    """Norms, sums of ranks and SwiGLU that write float8 rows; and a norm that does not.
+
+    The sum of a row must have the same order in all of them.
+    """
+    weight, memory = empty(hidden, dtype=F32), ranks_memory(ranks)
+    rows = partial(empty, 37, dtype=dtype)
+    norm.rms_norm(rows(hidden), weight, 1e-5)
+    for rounding in roundings():
+        silu_mul_rounded(rows(2 * mlp), rounding)
+        silu_mul_rounded(rows(2 * mlp), rounding, empty(17, dtype=I32))
+    for rounding in roundings()[:1]:
+        norm.norm_rows(rows(hidden), None, weight, 1e-5, rounding)
+    for rounding in (*roundings(), *roundings(keeps_rows=True)[:1]):
+        norm.norm_rows(rows(hidden), rows(hidden), weight, 1e-5, rounding)
+        for divides in (False, True):
+            operands = rows(hidden), rows(hidden), weight, 1e-5
+            symmetric_sums.add_rms_norm(memory, *operands, divides=divides, rounding=rounding)
+
+
 def routed(num_experts: int, local: int) -> None:
     """Routing, the order of rows, their sum, and rows as they travel between ranks."""
     for tokens in (1, 64, 2048):
@@ -293,11 +330,15 @@ SUBSET = "subset for every test run"
 
 
 def subset() -> None:
-    """Kernels that compile in seconds: a product of a prefill, rows to float8, a sum of ranks."""
+    """Kernels that compile in seconds: a product of a prefill, rows to float8, sums and norms."""
     w, x = packed("int8", 4096, 4096), empty(2048, 4096)
     matmul.matmul(x, w, arrivals=ARRIVALS, batch_independent=False)
     float8.quantize_rows(empty(37, 53248), 1200.0)
     symmetric_sums.reduce(ranks_memory(2), empty(1, 4096), divides=False)
+    norm.rms_norm(empty(1, 4096), empty(4096, dtype=F32), 1e-5)
+    for rounding in roundings()[:1]:
+        norm.norm_rows(empty(1, 4096), None, empty(4096, dtype=F32), 1e-5, rounding)
+        silu_mul_rounded(empty(1, 28672), rounding)
     ints = {name: empty(size, dtype=I32) for name, size in (("starts_E1", 17), ("tokens_X", 37))}
     float8.quantize_expert_rows(
         empty(9, 5120), math.inf, num_rows=37, scores_X=empty(37, dtype=F32), **ints
@@ -372,6 +413,13 @@ def _other_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "fp4 rows 405B/TP8", partial(to_fp4, 2048, 6656)
     for name, hidden, ranks in (("8B", 4096, 2), ("Maverick", 5120, 8), ("405B", 16384, 8)):
         yield f"sums of {ranks} ranks {name}", partial(sums_of_ranks, hidden, ranks)
+    for name, (hidden, mlp, ranks) in {
+        "8B": (4096, 14336, 2),
+        "Maverick/TP8": (5120, 2048, 8),
+        "405B/TP8": (16384, 6656, 8),
+    }.items():
+        yield f"float8 rows {name}", partial(rounded_rows, hidden, mlp, ranks)
+    yield "float8 rows 8B, x f32", partial(rounded_rows, 4096, 14336, 2, F32)
     for num_experts, local in ((128, 16), (128, 128), (128, 1)):
         name = f"routing of {num_experts} experts, {local} here"
         yield name, partial(routed, num_experts, local)

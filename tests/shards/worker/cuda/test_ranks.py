@@ -23,6 +23,7 @@ from support.fake_cuda import simulated, simulated_slices
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
 from support.proposers import sometimes
+from support.quantized_models import quantized_llama
 from support.ranks import joined, ranks, tell
 
 PROMPTS = [[7, 1, 9, 4, 4, 2, 8], [1, 2, 3]]
@@ -38,7 +39,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TP2xPP2": ("triton", {"tp": 2, "pp": 2}),
     "DP2xEP2": ("triton", {"dp": 2}),
     "PP2 drafts": ("triton", {"pp": 2}),
+    "TP2 float8": ("triton", {"tp": 2}),
 }
+SLOW = ("TP2 float8",)
 
 
 def tokens(config: GroupConfig, proposers: ProposerFactory | None = None) -> list[list[int]]:
@@ -48,7 +51,13 @@ def tokens(config: GroupConfig, proposers: ProposerFactory | None = None) -> lis
     return [one.tokens for one in answers]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=pytest.mark.slow) if layout in SLOW else layout
+        for layout in LAYOUTS
+    ],
+)
 def test_ranks_give_the_references_tokens(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +66,8 @@ def test_ranks_give_the_references_tokens(
         pytest.importorskip("triton")
     if "dp" in mesh or "ep" in mesh:
         tiny_llama4(tmp_path, seed=3, layers=2, experts=4, chunk=8)
+    elif "float8" in layout:
+        quantized_llama(tmp_path, "compressed-fp8")
     else:
         tiny_llama(tmp_path, seed=3)
     reports = tmp_path / "reports"
@@ -94,6 +105,8 @@ def test_ranks_give_the_references_tokens(
             assert rank["replays"], "decodes, and the padding of ranks without tokens"
             assert places(rank["waits"]) <= HOST_WAITS.keys(), rank["waits"]
             assert not rank["pageable"] or "dp" in mesh, rank["pageable"]
+            if "float8" in layout:
+                assert rank["launches"]["_silu_mul_rounded"] and "_silu_mul" not in rank["launches"]
             shared = rank["launches"].get("_symmetric_sum", 0)
             reduced = sum(n for name, n in rank["collectives"] if name == "all_reduce")
             assert not reduced and bool(shared) == ("tp" in mesh), "sums over symmetric memory"

@@ -175,13 +175,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": {"quantization": "int4"},
     "fp8": {"quantization": "fp8"},
     "fbgemm_fp8": {},
+    "modelopt-fp8": {},
     "window": {"sliding_window": 8, "attention_sinks": 2, "changes_answers": True},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_of_each_format_and_of_windows(tmp_path: Path, variant: str) -> None:
-    make(tmp_path, variant if variant == "fbgemm_fp8" else "llama")
+    make(tmp_path, variant if not VARIANTS[variant] else "llama")
     config = config_of(tmp_path, **VARIANTS[variant])
     prompts, params = [PROMPTS[0], PROMPTS[2][:12]], [replace(GREEDY, max_tokens=2)] * 2
     expected = tokens(config, prompts, params)
