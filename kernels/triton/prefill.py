@@ -314,9 +314,11 @@ def programs_per_tile(
     if mask != FULL_ATTENTION or parts_nbytes > PARTS_NBYTES:
         return 1
     # The host knows the longest sequence of new tokens alone. Each further prompt has 2 at least.
+    # In a half of a step the longest is no more than that, and sequences may have none.
     num_sequences = batch.context_S.shape[0]
-    beyond = num_tokens - num_sequences
-    prompts = min(num_sequences, beyond - batch.max_query + 2)
+    beyond = max(1, num_tokens - num_sequences)
+    longest = min(batch.max_query, beyond + 1)
+    prompts = min(num_sequences, beyond - longest + 2)
     group = q_heads // kv.num_kv_heads
     tokens = power_of_two(group, blocks.block_m) // group
     programs = ((beyond + prompts) // tokens + prompts) * kv.num_kv_heads

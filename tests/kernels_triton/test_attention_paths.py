@@ -150,4 +150,5 @@ def test_programs_share_tiles_only_where_tiles_are_few() -> None:
     assert lanes([(long, 96)], 32, 8) == 1024 // 32
     assert lanes([(long, 2)] * 128, 5) == 1, "as many prompts"
     assert lanes([(long, 32)], window=4096) == 1, "few keys"
+    assert lanes([(0, 0)] * 100 + [(long, 96)]) == most, "a half without rows of 100 sequences"
     assert [lanes([(context, 32)]) for context in (224, 225)] == [1, 2], "a program for each split"
