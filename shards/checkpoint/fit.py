@@ -21,15 +21,22 @@ from arriero.shards.checkpoint.safetensors_header import StoredTensor
 if TYPE_CHECKING:
     from arriero.shards.checkpoint.tensor_folder import TensorFolder
 
+KV_SCALES = (
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".k_proj.output_scale",
+    ".v_proj.output_scale",
+)
+"""Name endings of the calibrated scales of a KV cache; see `kv_scales`."""
+
 NEVER_READ = (
+    *KV_SCALES,
     ".rotary_emb.inv_freq",
     ".rotary_emb.cos_cached",
     ".rotary_emb.sin_cached",
     ".masked_bias",
-    ".k_scale",
-    ".v_scale",
     ".q_scale",
-    ".kv_scale",
     ".prob_scale",
     ".k_zero_point",
     ".v_zero_point",
@@ -38,8 +45,8 @@ NEVER_READ = (
     ".activation_scale",
     "._extra_state",
 )
-"""Name endings of tensors in layers without effect here: tables that the config determines, scales
-of KV caches, which keep their own dtype, and scales of activations that the form does not round."""
+"""Name endings of tensors in layers that no matrix needs: tables that the config determines, scales
+of KV caches, and scales of activations that the form does not round."""
 
 _NO_EFFECT_WHEN_ZERO = (".bias", ".weight_zero_point")
 _INDEX = (".g_idx", ".weight_g_idx")
@@ -92,8 +99,10 @@ def misfits(folder: TensorFolder, expected: Mapping[str, ExpectedTensor]) -> lis
 
 
 def not_read(folder: TensorFolder, expected: Container[str]) -> list[str]:
-    """Names of the tensors that nothing reads."""
-    return [name for name in folder.names if name not in expected]
+    """Names of the tensors that nothing reads in any group; fp8 caches read `KV_SCALES`."""
+    return [
+        name for name in folder.names if name not in expected and not name.endswith(KV_SCALES)
+    ]
 
 
 def misfit(tensor: StoredTensor, spec: ExpectedTensor) -> str | None:

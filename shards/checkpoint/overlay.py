@@ -1,8 +1,8 @@
 """A model folder whose tensors are replaced by those of other folders and files.
 
 A source with config.json is a whole checkpoint of the same model and replaces every tensor. Any
-other source holds some tensors under their names and replaces those alone. Tokenizer and settings
-stay those of the model folder. Knows headers; reads no tensor.
+other source holds some tensors under their names and replaces those alone. Tokenizer, settings and
+the scales of the KV cache stay those of the model folder. Knows headers; reads no tensor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from arriero.shards.checkpoint.fit import KV_SCALES
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
 from arriero.shards.checkpoint.sources import is_whole
@@ -41,6 +42,10 @@ def open_weights(model_path: str, sources: Sequence[str]) -> Checkpoint:
             stored = dict(_whole(path, base).stored)
         else:
             stored.update(_some(path))
+    # one set of scales for the life of the model folder: a trainer does not calibrate anew. The
+    # digest of pushed weights, and with it the keys of blocks, then names the scales in use.
+    stored = {name: x for name, x in stored.items() if not name.endswith(KV_SCALES)}
+    stored |= {name: x for name, x in base.stored.items() if name.endswith(KV_SCALES)}
     return Checkpoint(base.path, base.config, stored, base.scheme, base.ranged)
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.fit import misfit
+from arriero.shards.checkpoint.fit import KV_SCALES, misfit
 from arriero.shards.checkpoint.index import INDEX_FILE
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import (
@@ -192,6 +192,8 @@ def complete(
 ) -> bool:
     """Whether the folder holds every tensor of the model; then it becomes a whole checkpoint.
 
+    Scales of the KV cache may be missing: those of the model folder stay in use.
+
     Args:
         file: the file that came last; another slice may still be giving it its name.
         base: the weights that serve.
@@ -202,7 +204,8 @@ def complete(
     for other in file.parent.glob("*.safetensors"):
         if other != file:
             file_of_tensor.update(dict.fromkeys(read_header(other), other.name))
-    if not set(file_of_tensor) >= set(base.stored):
+    needed = {name for name in base.stored if not name.endswith(KV_SCALES)}
+    if not set(file_of_tensor) >= needed:
         return False
     if writes:
         index = json.dumps({"metadata": {}, "weight_map": file_of_tensor})

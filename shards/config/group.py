@@ -25,7 +25,7 @@ class GroupConfig(ParallelConfig):
             `arriero weights push`.
         dtype: type of weights and KV cache: "float32", "bfloat16", "float16".
         kv_dtype: type of the KV cache: "int8" (with a float32 scale for each head and token), or
-            "fp8" (e4m3 without scales); None means `dtype`.
+            "fp8" (e4m3, with the checkpoint's scales, see `scales_kv`); None means `dtype`.
         quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
             32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
             Activations, cache and norms have `dtype` in any case, but for `activation_dtype`.
@@ -106,7 +106,19 @@ class GroupConfig(ParallelConfig):
     @property
     def kv_words(self) -> str:
         """Text of the KV cache's type, for keys, since it changes tokens; "" for `dtype`."""
-        return "" if self.kv_dtype is None else f"kv {self.kv_dtype}"
+        if self.kv_dtype is None:
+            return ""
+        return f"kv {self.kv_dtype}{' scaled' if self.scales_kv else ''}"
+
+    @property
+    def scales_kv(self) -> bool:
+        """Whether the weights take the scales that the checkpoint ships for an fp8 KV cache.
+
+        Not in a group with adapters, whose changes of keys and values would need the same factors;
+        not in float16, whose few exponents cannot take the factors exactly.
+        """
+        adapters = bool(self.adapters) or self.adapter_slots is not None
+        return self.kv_dtype == "fp8" and self.dtype != "float16" and not adapters
 
     @property
     def activation_words(self) -> str:

@@ -31,6 +31,7 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.parts import AnyPart
+from arriero.shards.models.kv_fold import for_divided_inputs, multiplied
 
 Progress = Callable[[int, int], None]
 """Called with packed bytes and total bytes while the weights of a rank load."""
@@ -133,7 +134,12 @@ class Loader:
         return self._folder.tensor(f"{name}.weight").to(self._ops.device, torch.float32, copy=True)
 
     def rows(
-        self, parts: Sequence[tuple[str, Span]], *, bias: bool = False, keep: bool = False
+        self,
+        parts: Sequence[tuple[str, Span]],
+        *,
+        bias: bool = False,
+        keep: bool = False,
+        factors: Sequence[float] = (),
     ) -> Linear:
         """A column-parallel matrix: rows of each named matrix, stacked.
 
@@ -141,25 +147,38 @@ class Loader:
             parts: names without `.weight`, and the rows of each matrix.
             bias: whether each matrix has a vector `.bias`.
             keep: never quantize plain weights (routers).
+            factors: power of two for each matrix, which multiplies its outputs; empty for 1.
         """
+        each = tuple(factors) or (1.0,) * len(parts)
 
         def make() -> Linear:
-            stored_parts = [self._reader.product(name, rows=span) for name, span in parts]
+            stored_parts = [
+                multiplied(self._reader.product(name, rows=span), factor)
+                for (name, span), factor in zip(parts, each, strict=True)
+            ]
             joined = None
             if bias:
-                pieces = [self._folder.rows(f"{name}.bias", s.start, s.stop) for name, s in parts]
-                joined = torch.cat(pieces).float()
+                pieces = [
+                    self._folder.rows(f"{name}.bias", s.start, s.stop).float() * factor
+                    for (name, s), factor in zip(parts, each, strict=True)
+                ]
+                joined = torch.cat(pieces)
             return self._pack([name for name, _ in parts], stored_parts, joined, keep=keep)
 
         return self._linear(" ".join(name for name, _ in parts), make)
 
-    def columns(self, name: str, columns: Span, *, bias: bool = False) -> Linear:
-        """A row-parallel matrix; with `bias` the whole bias vector, which a single rank adds."""
+    def columns(
+        self, name: str, columns: Span, *, bias: bool = False, divisor: float = 1.0
+    ) -> Linear:
+        """A row-parallel matrix; with `bias` the whole bias vector, which a single rank adds.
+
+        The inputs come divided by `divisor`, a power of two, which the matrix takes back.
+        """
 
         def make() -> Linear:
             vector = self._folder.tensor(f"{name}.bias").float() if bias else None
             stored = self._reader.product(name, columns=columns)
-            return self._pack([name], [stored], vector)
+            return self._pack([name], [for_divided_inputs(stored, divisor)], vector)
 
         return self._linear(name, make)
 

@@ -6,7 +6,7 @@ Knows what a runner needs of a slice; knows nothing of layers and weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -24,6 +24,7 @@ from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Vocab
 from arriero.shards.adapters.adapter import Adapter
 from arriero.shards.adapters.banks import AdapterBanks
+from arriero.shards.checkpoint.kv_scales import KvScales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -55,6 +56,7 @@ class SliceSettings:
         placement: experts of each rank of a stage; None if ranks sum outputs of own experts
             instead of exchanging tokens.
         kv_dtype: dtype of the KV cache; None means `dtype`.
+        kv_scales: scales of the KV cache by layer, which the weights take; 1 where missing.
         visible: keys that a token sees in layers without full attention.
         taps: layers whose input is kept for a model that drafts; see `Taps`.
         progress: called with loaded bytes and total bytes.
@@ -73,6 +75,7 @@ class SliceSettings:
     wire: RowFormat | None = None
     placement: ExpertPlacement | None = None
     kv_dtype: torch.dtype | None = None
+    kv_scales: Mapping[int, KvScales] = field(default_factory=dict)
     visible: AttentionMaskSpec = FULL_ATTENTION
     taps: tuple[int, ...] = ()
     progress: Progress = lambda done, total: None

@@ -16,6 +16,7 @@ from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_file import PackedFile
 from arriero.shards.adapters.adapter import open_adapters
+from arriero.shards.checkpoint.kv_scales import kv_scales
 from arriero.shards.checkpoint.packed_cache import open_packed
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
@@ -87,6 +88,7 @@ def load_resident(
         num_local_blocks=(config.num_local_blocks or 0) + spare_blocks,
         block_size=config.block_size,
         kv_dtype=cache_dtype(config.cache_dtype),
+        kv_scales=kv_scales(checkpoint, mesh.part.layers) if config.scales_kv else {},
         offload_layers=config.offload_layers,
         offload_folder=Path(config.offload_folder) if config.offload_folder else None,
         wire=config.expert_wire,
@@ -120,6 +122,8 @@ def _packed_file(
     if config.offload_layers:  # these weights stay mapped from a file of their own
         return None
     form = f"{config.dtype} {config.quantization} {config.activation_words}".strip()
+    if config.scales_kv:  # the weights take the scales of the KV cache
+        form = f"{form} {config.kv_words}"
     return open_packed(checkpoint, part, ops, form, config.packed_cache_bytes)
 
 

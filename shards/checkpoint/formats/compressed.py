@@ -22,8 +22,8 @@ _REMEDY = "use the plain checkpoint and set `quantization`, or a checkpoint in a
 _MAX_GROUPS = 1000
 
 KV_NOTE = (
-    "`kv_cache_scheme` has no effect: the KV cache keeps its own dtype, which is more exact; "
-    "k_scale and v_scale are not read"
+    "`kv_cache_scheme` does not set the dtype of the KV cache: `kv: {dtype: fp8}` does, and takes "
+    "k_scale and v_scale; other dtypes are more exact and need none"
 )
 
 

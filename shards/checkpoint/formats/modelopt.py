@@ -59,8 +59,8 @@ def read_modelopt(read: Fields) -> QuantScheme | None:
 
 def _kv_note(field: str) -> str:
     return (
-        f"`{field}` has no effect: the KV cache keeps its own dtype, which is more exact; k_scale "
-        "and v_scale are not read"
+        f"`{field}` does not set the dtype of the KV cache: `kv: {{dtype: fp8}}` does, and takes "
+        "k_scale and v_scale; other dtypes are more exact and need none"
     )
 
 

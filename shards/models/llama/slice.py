@@ -22,6 +22,7 @@ from arriero.kernels.lora import AdapterRows
 from arriero.kernels.ops import Ops
 from arriero.shards.adapters.banks import load_banks
 from arriero.shards.checkpoint.formats.stored import tensor_specs
+from arriero.shards.checkpoint.kv_scales import NO_SCALES
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -44,6 +45,9 @@ class LlamaSlice:
     A family with further weights in its layers overrides `_load_layer`.
     """
 
+    _norms_keys = False
+    """Whether a norm follows the key projection; its weights then take the scale of keys."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -58,6 +62,7 @@ class LlamaSlice:
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
         self.dtype = settings.dtype
         self._style = AttentionStyle(mask=settings.visible)
+        self._kv_scales = settings.kv_scales
         self.images: ImageTable | None = None  # the family reads only text
         loader = Loader(
             checkpoint,
@@ -125,6 +130,7 @@ class LlamaSlice:
         """This rank's part of a decoder layer; `index` is global."""
         config, part = self.config, self.part
         name, d = f"model.layers.{index}.", config.head_dim
+        scales = self._kv_scales.get(index, NO_SCALES)
         q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
         kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
         attn, mlp = name + "self_attn.", name + "mlp."
@@ -134,8 +140,11 @@ class LlamaSlice:
             qkv=loader.rows(
                 [(attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)],
                 bias=config.attention_bias,
+                factors=(1.0, 1.0 if self._norms_keys else 1 / scales.k, 1 / scales.v),
             ),
-            o=loader.columns(attn + "o_proj", q, bias=config.attention_bias and first),
+            o=loader.columns(
+                attn + "o_proj", q, bias=config.attention_bias and first, divisor=scales.v
+            ),
             mlp_norm_H=loader.norm(name + "post_attention_layernorm"),
             gate_up=loader.rows(
                 [(mlp + "gate_proj", part.columns), (mlp + "up_proj", part.columns)],
@@ -145,7 +154,7 @@ class LlamaSlice:
             num_q_heads=part.q_heads.size,
             num_kv_heads=part.kv_heads.size,
             head_dim=d,
-            softmax_scale=d**-0.5 * config.rope.attention_factor**2,
+            softmax_scale=d**-0.5 * config.rope.attention_factor**2 * scales.k,
             eps=config.rms_norm_eps,
             style=self._style,
         )

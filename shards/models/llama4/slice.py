@@ -31,6 +31,7 @@ from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Linear
 from arriero.shards.adapters.banks import load_banks
 from arriero.shards.checkpoint.formats.stored import tensor_specs
+from arriero.shards.checkpoint.kv_scales import NO_SCALES, KvScales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -71,6 +72,7 @@ class Llama4Slice:
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, settings.dtype
         self._prefix = "" if config.vision is None else "language_model."
+        self._kv_scales = settings.kv_scales
         self._first_layer = part.layers.start
         placement = settings.placement
         first_offloaded = part.layers.stop - settings.offload_layers
@@ -195,7 +197,8 @@ class Llama4Slice:
         config, prefix = self.config, self._prefix
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            layer = _layer(loader, config, part, index, self._name(index))
+            scales = self._kv_scales.get(index, NO_SCALES)
+            layer = _layer(loader, config, part, index, self._name(index), scales)
             if config.routes(index):
                 name, columns = self._name(index), part.expert_columns
                 with offload_context(index):
@@ -342,7 +345,7 @@ def _layer_nbytes(layer: DenseLayer) -> int:
 
 
 def _layer(
-    loader: Loader, config: Llama4Config, part: MoEPart, index: int, name: str
+    loader: Loader, config: Llama4Config, part: MoEPart, index: int, name: str, scales: KvScales
 ) -> DenseLayer:
     """This rank's part of a decoder layer, without routed experts."""
     d, routed = config.head_dim, config.routes(index)
@@ -352,19 +355,25 @@ def _layer(
     attn, mlp = f"{name}self_attn.", f"{name}feed_forward."
     if routed:
         mlp += "shared_expert."
+    style = attention_style(config, index)
+    # a norm without weights bounds keys by sqrt(head_dim), and no weight could take the scale
+    k_scale = 1.0 if style.qk_norm else scales.k
     return DenseLayer(
         attn_norm_H=loader.norm(f"{name}input_layernorm"),
-        qkv=loader.rows([(f"{attn}q_proj", q), (f"{attn}k_proj", kv), (f"{attn}v_proj", kv)]),
-        o=loader.columns(f"{attn}o_proj", q),
+        qkv=loader.rows(
+            [(f"{attn}q_proj", q), (f"{attn}k_proj", kv), (f"{attn}v_proj", kv)],
+            factors=(1.0, 1 / k_scale, 1 / scales.v),
+        ),
+        o=loader.columns(f"{attn}o_proj", q, divisor=scales.v),
         mlp_norm_H=loader.norm(f"{name}post_attention_layernorm"),
         gate_up=loader.rows([(f"{mlp}gate_proj", columns), (f"{mlp}up_proj", columns)]),
         down=loader.columns(f"{mlp}down_proj", columns),
         num_q_heads=part.q_heads.size,
         num_kv_heads=part.kv_heads.size,
         head_dim=d,
-        softmax_scale=d**-0.5,
+        softmax_scale=d**-0.5 * k_scale,
         eps=config.rms_norm_eps,
-        style=attention_style(config, index),
+        style=style,
     )
 
 

@@ -19,6 +19,7 @@ from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Vocab
 from arriero.shards.checkpoint.formats.stored import tensor_specs
+from arriero.shards.checkpoint.kv_scales import kv_scales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.collectives.mesh import Mesh
@@ -127,15 +128,16 @@ class ModelSource:
         """Load this rank's part."""
         config, checkpoint, mesh = self._config, self._checkpoint, target.mesh
         checkpoint.check_whole()
+        part = self._parts[target.part.tp_rank]
         settings = SliceSettings(
             dtype=getattr(torch, config.dtype),
             quantization=None if checkpoint.scheme is not None else config.quantization,
             num_blocks=target.num_blocks,
             block_size=config.block_size,
             kv_dtype=cache_dtype(config.cache_dtype),
+            kv_scales=kv_scales(checkpoint, part.layers) if config.scales_kv else {},
             visible=_visible(config, target.checkpoint.config),
         )
-        part = self._parts[target.part.tp_rank]
         model = load_slice(checkpoint, part, mesh, target.ops, settings)
         network = ModelNetwork(model, mesh, [part.vocab.size for part in self._parts])
         return _drafter(config, network, checkpoint.config, target)
