@@ -100,9 +100,7 @@ def misfits(folder: TensorFolder, expected: Mapping[str, ExpectedTensor]) -> lis
 
 def not_read(folder: TensorFolder, expected: Container[str]) -> list[str]:
     """Names of the tensors that nothing reads in any group; fp8 caches read `KV_SCALES`."""
-    return [
-        name for name in folder.names if name not in expected and not name.endswith(KV_SCALES)
-    ]
+    return [name for name in folder.names if name not in expected and not name.endswith(KV_SCALES)]
 
 
 def misfit(tensor: StoredTensor, spec: ExpectedTensor) -> str | None:

@@ -5,15 +5,15 @@ Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int
 
 Caches of keys and values, perplexity and greedy tokens in one command:
 
-    perplexity.py MODEL_DIR --weights bfloat16,kv-int8,kv-fp8 --greedy 44x64
+    perplexity.py MODEL_DIR --weights bfloat16,kv-int8,kv-fp8,kv-fp8-calibrated --greedy 44x64
 
 int8, fp8 and int4 are quantized while they load; the scales and zero points of "int4" are float16's
 numbers. Parts of a name say more, and leave them float32: "plain" rounds to the nearest level
 without search, "g64" makes groups of 64 columns, "half" rounds scales and zero points to float16
 and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models quantize` writes.
 "q8-" in front rounds the inputs of int8 and int4 weights to int8 (`activation_dtype`).
-"kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache; on a CPU fp8 is on the reference
-backend.
+"kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache. "kv-fp8-calibrated" gives a dense
+model the scales of its keys and values over the first 2,000 tokens of the text.
 
 A line of JSON comes after each piece of the text, with the perplexity up to there, and one with
 the whole. `--greedy NxM` then continues N prompts by M greedy tokens each, and compares them with
@@ -27,6 +27,7 @@ import argparse
 import json
 import math
 import pydoc_data.topics
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,10 @@ from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models import loader
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.calibrated import calibrated
+
+CALIBRATION_TOKENS = 2_000
 WINDOW = 1024
 PIECE = 8
 """Windows between two lines of output."""
@@ -82,8 +87,12 @@ def prepared(model: str, weights: str, device: str) -> Iterator[GroupConfig]:
     elif weights == "kv-int8":
         yield replace(plain, kv_dtype="int8")
     elif weights == "kv-fp8":
-        kernels = "reference" if device == "cpu" else plain.kernels
-        yield replace(plain, kv_dtype="fp8", kernels=kernels)
+        yield replace(plain, kv_dtype="fp8")
+    elif weights == "kv-fp8-calibrated":
+        tokens = [token for window in windows(model, CALIBRATION_TOKENS) for token in window]
+        with tempfile.TemporaryDirectory() as work:
+            calibrated(Path(model), Path(work) / "model", tokens)
+            yield replace(plain, model_path=f"{work}/model", kv_dtype="fp8")
     elif weights.startswith("int4-"):
         searched = loader.QUANTIZERS["int4"]
         loader.QUANTIZERS["int4"] = partial(int4, weights.split("-")[1:])

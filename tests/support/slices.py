@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.lora import AdapterRows
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
 from arriero.shards.adapters.adapter import Adapter
+from arriero.shards.checkpoint.kv_scales import kv_scales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.layout.families import parts_of
-from arriero.shards.models.model_slice import SliceSettings, load_slice
+from arriero.shards.models.model_slice import ModelSlice, SliceSettings, load_slice
 from arriero.shards.worker.rope_table import Rope
 
 CPU = torch.device("cpu")
@@ -73,12 +75,18 @@ def logits_of(
     make_ops: Callable[[], Ops] | None = None,
     quantization: str | None = None,
     adapter: Adapter | None = None,
+    kv_dtype: Literal["int8", "fp8"] | None = None,
+    visit: Callable[[ModelSlice], object] = lambda model: None,
 ) -> Tensor:
-    """Logits [T, V] of one sequence, float32 weights and activations."""
+    """Logits [T, V] of one sequence, float32 weights and activations.
+
+    `visit` is called with each slice after its layers, while the cache holds the sequence.
+    """
     checkpoint = Checkpoint.open(path)
     checkpoint.check_whole()
     config = checkpoint.config
-    parts = parts_of(config, GroupConfig(model_path=str(path), tp=tp, pp=pp))
+    group = GroupConfig(model_path=str(path), tp=tp, pp=pp, dtype="float32", kv_dtype=kv_dtype)
+    parts = parts_of(config, group)
     length = len(tokens)
     num_blocks = -(-length // BLOCK)
     positions = torch.arange(length, dtype=torch.int32)
@@ -114,6 +122,8 @@ def logits_of(
                     num_blocks=num_blocks,
                     block_size=BLOCK,
                     quantization=quantization,
+                    kv_dtype=cache_dtype(group.cache_dtype),
+                    kv_scales=kv_scales(checkpoint, part.layers) if group.scales_kv else {},
                     adapters=() if adapter is None else (adapter,),
                 ),
             )
@@ -123,6 +133,7 @@ def logits_of(
                 assert given is not None
                 out = given.clone()
             out = held.decoder(out, batch)
+            visit(held)
             return held.logits(out, rows) if part.last_stage else out
 
         with ThreadPoolExecutor(tp) as pool:

@@ -35,7 +35,7 @@ def test_a_folder_is_verified(tmp_path: Path, form: str) -> None:
     report = verify(tmp_path, deep=True)
     assert report.ok, report.problems
     assert report.form == form.removesuffix("-weights")
-    assert any("k_scale and v_scale are not read" in note for note in report.notes)
+    assert any("`kv: {dtype: fp8}` does, and takes k_scale" in note for note in report.notes)
 
 
 def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
