@@ -89,8 +89,8 @@ class KvSpec(SpecSection):
             left beside weights, graphs and a step; on CPUs 2 GiB, at most a quarter of memory.
         blocks: number of blocks, instead of `memory`.
         dtype: "int8" holds keys and values in about half of bfloat16's bytes, with a scale for each
-            head and token; "fp8" in half, without scales. Answers are close to those of
-            null, the model's dtype, but not equal.
+            head and token; "fp8" in half, with the scales of the checkpoint, if there are any.
+            Answers are close to those of null, the model's dtype, but not equal.
         local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
             None divides the memory for sequences of four chunks.
         block_size: tokens in a block.
