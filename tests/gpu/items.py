@@ -73,6 +73,7 @@ CHECKS = (
     check(25, "product, split"),
     check(20, "experts", "rows between ranks", "rows to float8", "product, fp8 inputs"),
     check(15, "experts, fp8 inputs", "norms to float8"),
+    check(15, "rows to NVFP4", "product, fp4 inputs"),
     check(15, "embedding", "quantized vocabularies", "logits"),
     check(15, "sampled tokens", "counts of 1"),
     check(

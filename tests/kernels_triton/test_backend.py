@@ -22,14 +22,12 @@ import triton.language as tl  # noqa: E402
 from arriero.kernels.input_transform import quantize_rows  # noqa: E402
 from arriero.kernels.kv_cache import KVCacheSpec  # noqa: E402
 from arriero.kernels.layers import AttentionStyle  # noqa: E402
-from arriero.kernels.quantize import quantize_int4  # noqa: E402
 from arriero.kernels.reference.backend import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
 from arriero.kernels.triton import float8, launch, sampling, triton_ops, tuning  # noqa: E402
 from arriero.kernels.triton.backend import TritonOps  # noqa: E402
 from arriero.kernels.triton.norm import add_rms_norm, rms_norm  # noqa: E402
 from arriero.kernels.triton.upload import Upload  # noqa: E402
-from arriero.kernels.triton.weights import pack_quantized  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -176,18 +174,6 @@ def test_the_kernels_noise_has_the_bits_of_the_definition() -> None:
         noise(seed, position, tokens).tolist()
         for seed, position in zip(seeds, positions, strict=True)
     ]
-
-
-@pytest.mark.parametrize(("columns", "group"), [(64, 32), (100, 32), (31, 31), (45, 15)])
-def test_int4_bytes_by_halves_of_a_group(columns: int, group: int) -> None:
-    weight = quantize_int4(randn(5, columns), group, search=False)
-    packed = pack_quantized([weight], None, CPU, Upload(CPU))
-    half = -(-group // 2)
-    levels = weight.levels().int()
-    for i in range(columns):
-        g, j = divmod(i, group)
-        byte = packed.data[:, g * half + j % half].int()
-        assert torch.equal(byte & 15 if j < half else byte >> 4, levels[:, i])
 
 
 @pytest.mark.parametrize("chunk", [64, 1000, 1 << 20])
