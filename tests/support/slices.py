@@ -52,6 +52,10 @@ class ThreadMesh:
     def reduce_norm(self, *operands: object) -> None:
         """No kernel sums and norms here."""
 
+    def first_half(self, num_rows: int, row_nbytes: int, *, routed: bool) -> int:
+        """Steps stay whole."""
+        return 0
+
 
 def exact_ops(kernels: str) -> Ops:
     """A backend that does not round the inputs of products to bfloat16, as it otherwise may."""
