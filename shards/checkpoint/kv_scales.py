@@ -52,7 +52,8 @@ def kv_scales(checkpoint: Checkpoint, layers: Span) -> dict[int, KvScales]:
     """
     if not any(name.endswith(KV_SCALES) for name in checkpoint.names) or _of_four_bits(checkpoint):
         return {}
-    prefix, scales = text_prefix(checkpoint.config), {}
+    prefix = text_prefix(checkpoint.config)
+    scales: dict[int, KvScales] = {}
     for layer in range(layers.start, layers.stop):
         name = f"{prefix}model.layers.{layer}.self_attn."
         of_layer = KvScales(k=_scale(checkpoint, name, "k"), v=_scale(checkpoint, name, "v"))

@@ -33,6 +33,7 @@ from support.calibrated import calibrated, greatest, with_scales
 from support.fp8_cache_model import fp8_cache_logits
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4, tiny_qwen3
+from support.quantized_models import quantized_llama
 from support.slices import CPU, exact_ops, logits_of
 
 TOKENS = [(7 * i * i + 3 * i + 5) % 128 for i in range(24)]
@@ -223,6 +224,27 @@ def test_products_take_divided_inputs_exactly(form: str) -> None:
     due = multiply(product, x)
     assert torch.equal(multiply(for_divided_inputs(product, 2.0**-7), x * 2.0**7), due)
     assert not torch.equal(multiply(product, x * 2.0**7), due)
+
+
+@pytest.mark.parametrize(
+    "form", ["modelopt-fp8", "modelopt-nvfp4", "compressed-fp8", "awq", "int8"]
+)
+def test_quantized_weights_take_the_scales_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """In a cache that rounds nothing, scales in the weights change no bit of the logits."""
+    quantization = "int8" if form == "int8" else None
+    if quantization:
+        tiny_llama(tmp_path / "plain")
+    else:
+        quantized_llama(tmp_path / "plain", form, layers=2)
+    vocab = Checkpoint.open(tmp_path / "plain").config.vocab_size
+    tokens = [token % vocab for token in TOKENS]
+    due = logits_of(tmp_path / "plain", tokens, quantization=quantization)
+    scales = {layer: KvScales(k=k, v=v) for layer, (k, v) in scales_of(2)[1].items()}
+    monkeypatch.setattr(GroupConfig, "scales_kv", property(lambda config: True))
+    monkeypatch.setattr("support.slices.kv_scales", lambda checkpoint, layers: scales)
+    assert torch.equal(logits_of(tmp_path / "plain", tokens, quantization=quantization), due)
 
 
 def test_a_calibrated_copy_fills_the_range(folders: Path, tmp_path: Path) -> None:
