@@ -32,6 +32,11 @@ def connection_lost(error: Any) -> bool:  # noqa: ANN401
     return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
+def no_answer(error: Any) -> bool:  # noqa: ANN401
+    """Whether a call ended without a word of a gateway, which names each call it takes."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not error.initial_metadata()
+
+
 def _invalid(trailing: Mapping[str, str], details: str) -> InvalidRequest:
     field, code = trailing.get("arriero-field", ""), trailing.get("arriero-code", "invalid_value")
     if code == ContextTooLong.CODE:

@@ -1,7 +1,8 @@
 """The attempts of one stream: at which gateway, after which wait, with which request.
 
-A stream that was refused before its start is retried at the same gateway (`Retry`). A stream that
-broke off is resumed at the next gateway (`ResumeState`), for a limited time after the last message.
+A stream that a gateway refused before its start is retried at the same gateway (`Retry`), and at
+the next one if the gateway is gone. A stream that broke off is resumed at the next gateway
+(`ResumeState`), for a limited time after the last message.
 Sans-I/O: `AsyncClient` and `Client` make the calls and wait. Knows messages, errors and addresses;
 knows nothing of connections.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from arriero.router.client.resume_state import ResumeState
 from arriero.router.client.retry import Retry
-from arriero.router.client.status_errors import connection_lost, from_status
+from arriero.router.client.status_errors import connection_lost, from_status, no_answer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 PAUSE_S = 0.1
@@ -91,6 +92,7 @@ class StreamAttempts:
         cause = from_status(error)
         wait_s = None if self._state.started else self._retry.wait_s(cause)
         if wait_s is not None:
+            self._moves = no_answer(error)
             return wait_s
         now_s = self._clock()
         self._resume_until_s = self._resume_until_s or now_s + self._resume_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Sequence
 
@@ -70,6 +71,31 @@ async def test_both_clients_come_back(llama_tokenizer: Tokenizer) -> None:
         assert time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("kind", ["async", "shared stream", "blocking"])
+async def test_a_call_that_no_gateway_answers_goes_to_the_next(
+    llama_tokenizer: Tokenizer, kind: str
+) -> None:
+    """The gateway was killed before a call began: retries at its address would never end."""
+    async with serve(make_card(llama_tokenizer, LLAMA3), echo) as stack:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        addresses = [f"127.0.0.1:{port}", stack.address]
+
+        def ask() -> str:
+            with Client(addresses, timeout_s=30, retries=1000) as client:
+                return "".join(o.text for r in client.generate("llama") for o in r.outputs)
+
+        if kind == "blocking":
+            assert "llama" in await asyncio.to_thread(ask)
+            return
+        multiplexed = kind == "shared stream"
+        async with AsyncClient(
+            addresses, timeout_s=30, retries=1000, multiplexed=multiplexed
+        ) as client:
+            answers = [answer async for answer in client.generate("llama")]
+        assert answers[-1].usage.completion_tokens
+
+
 @pytest.mark.parametrize("kind", [AsyncClient, Client])
 @pytest.mark.parametrize("address", [lambda: [], []], ids=["function", "list"])
 async def test_a_client_that_knows_no_gateway_says_so(
@@ -84,7 +110,7 @@ class Broken(grpc.RpcError):
 
     def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
         self.code, self.details = lambda: code, lambda: "gone"
-        self.trailing_metadata = tuple[tuple[str, str], ...]
+        self.trailing_metadata = self.initial_metadata = tuple[tuple[str, str], ...]
 
 
 def attempts_of(
